@@ -1,0 +1,15 @@
+"""hf_stompp: the Hugging Face way to 1-bit BERTs.
+
+Importing the package registers its quantizer, after which `from_pretrained` takes a [`BinarizationConfig`] and loads
+packed checkpoints.
+"""
+
+from hf_stompp.callback import StomppCallback
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.patching import binarize, calibrate, pack, unpack
+from hf_stompp.quantizer import register
+from hf_stompp.report import summary
+
+register()
+
+__all__ = ["BinarizationConfig", "StomppCallback", "binarize", "calibrate", "pack", "summary", "unpack"]

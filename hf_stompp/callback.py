@@ -1,0 +1,237 @@
+"""`StomppCallback`: drives the masks of a binarized model from the Trainer's step, and logs what they do."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.utils import logging
+
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.layers import BinaryLinear
+from hf_stompp.patching import binary_layers, calibrate, frozen_fraction
+
+logger = logging.get_logger(__name__)
+
+
+class StomppCallback(TrainerCallback):
+    """Schedules the binarization of a model that [`binarize`] or `from_pretrained` has patched.
+
+    `Trainer(model, args, callbacks=[StomppCallback()], ...)` is all there is to do. Before each optimizer step the
+    masks are set to the schedule's fractions for that step; after it, frozen weights of an STE-free run get their
+    values back. At the start of training the activation scales are calibrated on the first examples of the training
+    set.
+
+    It holds no state that matters: the schedule is a function of `global_step` and `max_steps`, so a resumed run goes
+    on as it was. To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units
+    are fully frozen), `front_fraction` (the fraction of the unit that is next to finish) and `flip_ratio` (the share
+    of weight signs that changed since the last log).
+
+    Raises:
+        ValueError: At the start of training, if the model is not binarized, is packed, was made with another config,
+            or if the schedule cannot finish in `max_steps`.
+
+    Example:
+
+        >>> from transformers import Trainer
+        >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[StomppCallback()])  # doctest: +SKIP
+
+    Source: arXiv 2601.22660.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[str, BinaryLinear] = {}
+        self._fractions: list[float] = []
+        self._signs: dict[str, Tensor] = {}
+
+    @property
+    def _config(self) -> BinarizationConfig:
+        return next(iter(self._layers.values())).config
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self._layers = binary_layers(model)
+        check_schedule(model, state.max_steps)
+        self._check_start(state, frozen_fraction(model))
+        _go_first(self)
+        self._set_masks(state.global_step + 1, state.max_steps)
+        if any(layer.activation_scale is not None and not layer.calibrated for layer in self._layers.values()):
+            _calibrate_on(kwargs["train_dataloader"], model, args.device)
+        self._signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
+
+    def _check_start(self, state: TrainerState, frozen: float) -> None:
+        """A resumed run must find the fractions its schedule left; a new one says so if it thaws a frozen model."""
+        if state.global_step > 0:
+            expected = self._unit_fractions(state.global_step, state.max_steps)
+            for name, layer in self._layers.items():
+                if abs(layer.fraction - expected[layer.unit]) > 1e-6:
+                    raise ValueError(
+                        f"{name} was saved with a frozen fraction of {layer.fraction:.4f}, but at step "
+                        f"{state.global_step} of max_steps={state.max_steps} the schedule has "
+                        f"{expected[layer.unit]:.4f}: max_steps or the schedule changed. Resume with the old ones, or "
+                        "start a new run from the saved model."
+                    )
+        elif frozen > 0 and self._config.progression != "none":
+            logger.warning(
+                f"The model starts with a frozen fraction of {frozen:.3f}; its schedule freezes it again from 0. "
+                'To go on with everything frozen, set progression="none".'
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # global_step is still that of the last step: the masks of step max_steps are the ones that are evaluated.
+        self._set_masks(state.global_step + 1, state.max_steps)
+
+    def _set_masks(self, step: int, max_steps: int) -> None:
+        self._fractions = self._unit_fractions(step, max_steps)
+        for layer in self._layers.values():
+            layer.set_frozen(self._fractions[layer.unit], step)
+
+    def _unit_fractions(self, step: int, max_steps: int) -> list[float]:
+        units = 1 + max(layer.unit for layer in self._layers.values())
+        return list(self._config.unit_fractions(step, max_steps, units))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in self._layers.values():
+            layer.hold_frozen()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for layer in self._layers.values():
+            layer.restore_frozen()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        metrics = {
+            "frozen_fraction": frozen_fraction(kwargs["model"]),
+            **self._front(),
+            "flip_ratio": self._flip_ratio(),
+        }
+        logs.update(metrics)
+        # The Trainer has written its copy already.
+        state.log_history[-1].update(metrics)
+
+    def _front(self) -> dict[str, float]:
+        """Position of the front and frozen fraction there."""
+        unfinished = [fraction for fraction in self._fractions if fraction < 1]
+        return {
+            "front": len(self._fractions) - len(unfinished),
+            "front_fraction": max(unfinished, default=1.0),
+        }
+
+    def _flip_ratio(self) -> float:
+        signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
+        # Summed where the weights are, and read once.
+        flips = sum(
+            (signs[name] != self._signs[name]).float().mean() * layer.weight.numel()
+            for name, layer in self._layers.items()
+        )
+        self._signs = signs
+        return float(flips) / sum(layer.weight.numel() for layer in self._layers.values())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        fraction = frozen_fraction(kwargs["model"])
+        if fraction < 1 and not self._config.never_freezes:
+            logger.warning(
+                f"Training ended at step {state.global_step} of {state.max_steps} with a frozen fraction of "
+                f"{fraction:.3f}: the model is not binary and pack() will refuse it. Resume the run if it was stopped "
+                "early; if load_best_model_at_end chose a checkpoint from before the end, take the last one."
+            )
+
+
+def check_schedule(model: nn.Module, max_steps: int) -> None:
+    """Refuses a model that is not binarized, or a schedule that cannot finish in `max_steps`."""
+    layers = binary_layers(model)
+    if not layers:
+        raise ValueError(
+            f"StomppCallback found no binarized layer in this {type(model).__name__}. Load the model with "
+            "`from_pretrained(..., quantization_config=BinarizationConfig(...))`, or call `binarize(model, config)`, "
+            "before building the Trainer."
+        )
+    config = next(iter(layers.values())).config
+    recorded = getattr(getattr(model, "config", None), "quantization_config", None)
+    if recorded is not None and dict(recorded) != dict(config):
+        changed = sorted(key for key, value in dict(recorded).items() if dict(config).get(key) != value)
+        raise ValueError(
+            "model.config.quantization_config differs from the config that the model was binarized with, in "
+            f"{changed}. Load the model again with the config that you mean."
+        )
+    units = 1 + max(layer.unit for layer in layers.values())
+    steps = int(max_steps * config.progression_end) - int(max_steps * config.progression_start)
+    if config.progression == "layerwise" and steps < units:
+        raise ValueError(
+            f"The schedule cannot finish: {units} units have to freeze one by one, but the progression from "
+            f"{config.progression_start} to {config.progression_end} of max_steps={max_steps} is {steps} steps. Train "
+            f"for longer, widen progression_start and progression_end, or use progression='global'."
+        )
+    last = config.unit_fractions(max_steps, max_steps, units)
+    if config.progression == "none" and min(last) < 1 and not config.never_freezes:
+        raise ValueError(
+            f"The schedule cannot finish: no step of max_steps={max_steps} comes after progression_start="
+            f"{config.progression_start}. Train for longer, start earlier, or set it to 1.0 to never freeze anything."
+        )
+    if config.progression == "global" and steps < 1:
+        raise ValueError(
+            f"The schedule cannot finish: max_steps={max_steps} leaves no step between progression_start="
+            f"{config.progression_start} and progression_end={config.progression_end}. Train for longer."
+        )
+
+
+def _go_first(callback: StomppCallback) -> None:
+    """Moves the callback to the front of the handler that is calling it.
+
+    Reporters such as TensorBoard come before user callbacks and get the same dict of logs, so metrics added after them
+    are never seen. A callback is not given its handler; the calling frame is the one place to find it without asking
+    users to pass the Trainer in. Where it is not found, the log history and the progress bar have the metrics still.
+    """
+    frame = inspect.currentframe()
+    try:
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler):
+                handler.callbacks.remove(callback)
+                handler.callbacks.insert(0, callback)
+                return
+            frame = frame.f_back
+        logger.warning("StomppCallback found no Trainer that calls it: reporters will not see its metrics.")
+    finally:
+        del frame  # or the frames would keep each other alive
+
+
+def _calibrate_on(dataloader: Any, model: nn.Module, device: torch.device) -> None:
+    """Calibrates on the first examples of the training set: the same on every rank, without touching the sampler."""
+    if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
+        raise ValueError(
+            f"The training set is a stream ({type(dataloader.dataset).__name__}): calibrating on its first examples "
+            "would take them from training. Call hf_stompp.calibrate(model, batch) on a batch of your own first."
+        )
+    # A dataloader that Accelerate has prepared has its batch size in the batch sampler only.
+    size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
+    with torch.random.fork_rng():  # a collator may draw, as the one of masked language modelling does
+        batch = dataloader.collate_fn([dataloader.dataset[i] for i in range(min(size, len(dataloader.dataset)))])
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"The training set's collator gives a {type(batch).__name__}, not a mapping of keyword arguments. Call "
+            "hf_stompp.calibrate(model, batch) on a batch of your own before training."
+        )
+    calibrate(model, {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})

@@ -1,0 +1,259 @@
+"""The verbs on models: `binarize`, `pack`, `unpack`, and `calibrate`."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.layers import BinaryLinear, PackedLinear
+from hf_stompp.selection import activations_feeding, select
+
+
+def binary_layers(model: nn.Module) -> dict[str, BinaryLinear]:
+    """The latent layers of a model by name, in the order of their units."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
+    return dict(sorted(layers.items(), key=lambda item: item[1].unit))
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+    """The packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def frozen_fraction(model: nn.Module) -> float:
+    """The share of the weights of a model's latent layers that is frozen now; 0 if it has none."""
+    layers = binary_layers(model).values()
+    frozen = sum(layer.fraction * layer.weight.numel() for layer in layers)
+    return frozen / sum(layer.weight.numel() for layer in layers) if layers else 0.0
+
+
+def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -> PreTrainedModel:
+    """Patches a loaded model in place for binarization: the same model as `from_pretrained(...,
+    quantization_config=config)` gives.
+
+    The selected `nn.Linear` layers become [`BinaryLinear`] around the same parameters, all soft; nothing is frozen
+    until [`StomppCallback`] does it. The resolved selection is written into `model.config.quantization_config`.
+
+    Args:
+        model (`PreTrainedModel`): A full-precision model, with or without a head.
+        config (`BinarizationConfig`, *optional*): Defaults to W1A1 StoMPP.
+
+    Returns:
+        `PreTrainedModel`: The same object.
+
+    Raises:
+        TypeError: `model` is no `PreTrainedModel`.
+        ValueError: The model is binarized already, or the config selects nothing (see [`~selection.select`]).
+
+    Example:
+
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> tiny = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+        >>> model = binarize(BertForSequenceClassification(tiny), BinarizationConfig())
+        >>> len(binary_layers(model))
+        6
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"binarize takes a transformers.PreTrainedModel, not a {type(model).__name__}.")
+    if binary_layers(model) or packed_layers(model):
+        raise ValueError(f"This {type(model).__name__} is binarized already; load the full-precision model again.")
+    config = copy.deepcopy(config or BinarizationConfig())
+    plans = [plan for plan in select(model, config) if not plan.skipped]
+    if config.replace_gelu:
+        replace_gelu(model, {plan.name for plan in plans})
+    for plan in plans:
+        assert plan.unit is not None
+        layer = BinaryLinear.from_float(
+            model.get_submodule(plan.name), config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned
+        )
+        model.set_submodule(plan.name, layer)
+    levels = {True: "unsigned", False: "signed"} if config.activations else {True: None, False: None}
+    config.modules = {plan.key: {"unit": plan.unit, "levels": levels[plan.unsigned]} for plan in plans}
+    model.config.quantization_config = config
+    # Masks are the same on every rank by construction: DDP need not send them.
+    masks = [f"{plan.name}.{mask}" for plan in plans for mask in ("weight_mask", "activation_mask")]
+    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *masks]
+    return model
+
+
+def replace_gelu(model: PreTrainedModel, names: set[str]) -> None:
+    """Replaces the activation modules that feed the linears `names` by `nn.ReLU`, in place."""
+    found = activations_feeding(model, names)
+    if not found:
+        raise ValueError(
+            f"BinarizationConfig.replace_gelu is set, but no activation module of {type(model).__name__} feeds a "
+            "binarized layer (a functional activation cannot be replaced). Set replace_gelu=False, or change the "
+            "activation in the model's config."
+        )
+    for name in found:
+        model.set_submodule(name, nn.ReLU())
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    r"""Sets the activation scales (and shifts) of a binarized model from one batch of its real input.
+
+    Each layer is set just before it runs, so it sees what its upstream layers really give under the present masks.
+    Signed: \\(β_k = \operatorname{mean}(x_k)\\) if the shift is learned, and \\(γ = \operatorname{mean}|x - β|\\), the
+    least-squares scale. What the shift takes from the layer's output, \\(β \hat w^\top\\), goes into the bias.
+    Unsigned: \\(γ = \operatorname{mean}(x \mid x \ge γ/2)\\), by fixed-point iteration, the least-squares level.
+
+    Padding, by the batch's `attention_mask`, does not count. A layer that is executed several times, as ALBERT's are,
+    keeps what it saw last. [`StomppCallback`] calls it at the start of the training of a model that has not been
+    calibrated; call it yourself in a training loop of your own, or for a training set that is a stream.
+
+    Args:
+        model (`PreTrainedModel`): A binarized model.
+        batch (`Mapping`): Keyword arguments of its `forward`, on its device.
+
+    Raises:
+        ValueError: The model is not binarized.
+    """
+
+    if not binary_layers(model):
+        raise ValueError(
+            f"calibrate takes a binarized model, but this {type(model).__name__} is not; binarize it first."
+        )
+    mask = batch.get("attention_mask")
+
+    def hook(layer: BinaryLinear, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float()
+        if mask is not None and x.shape[:-1] == mask.shape:
+            x = x[mask.bool()]
+        _calibrate_layer(layer, x.reshape(-1, layer.in_features))
+
+    layers = [layer for layer in binary_layers(model).values() if layer.activation_scale is not None]
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
+    training = model.training
+    try:
+        model.eval()(**batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+def _calibrate_layer(layer: BinaryLinear, x: Tensor) -> None:
+    """From its inputs `[tokens, in_features]`."""
+    scale = layer.activation_scale
+    assert scale is not None
+    if layer.unsigned:
+        level = 2 * x.clamp(min=0).mean()
+        for _ in range(20):
+            above = x[x >= level / 2]
+            if above.numel() == 0:
+                break
+            level = above.mean()
+    else:
+        if layer.activation_shift is not None and layer.bias is not None:
+            shift = x.mean(dim=0)
+            layer.bias.add_(nn.functional.linear(shift - layer.activation_shift, layer.effective_weight().float()))
+            layer.activation_shift.copy_(shift)
+            x = x - shift
+        level = x.abs().mean()
+    scale.fill_(level.item() or 1.0)
+    layer.calibrated.fill_(True)
+
+
+def pack(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes the packed model: bits and scales instead of latent weights, and the same outputs, bit for bit.
+
+    Every float operation of the packed layer is the one of the fully frozen latent layer, so that the logits are equal
+    but for what a different alignment in memory does to the order of a sum. The model passed in is not changed, and
+    its latent weights are not copied.
+
+    Args:
+        model (`PreTrainedModel`): A binarized model whose every entry is frozen, as after a finished training run. A
+            wrapper of DDP, mixed precision or `torch.compile` around it is taken off.
+
+    Returns:
+        `PreTrainedModel`: A new model of the same class in evaluation mode; `save_pretrained` writes the bits.
+
+    Raises:
+        ValueError: The model is not binarized, is packed already, has full-precision weights, or is not fully frozen.
+
+    Example:
+
+        >>> packed = pack(model)  # doctest: +SKIP
+        >>> packed.save_pretrained("bert-1bit")  # doctest: +SKIP
+    """
+    model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+    layers = binary_layers(model)
+    if not layers:
+        state = "packed already" if packed_layers(model) else "not binarized; train it with StomppCallback first"
+        raise ValueError(f"pack takes a binarized model, but this {type(model).__name__} is {state}.")
+    config = next(iter(layers.values())).config
+    if not config.weights:
+        raise ValueError("pack writes 1-bit weights, but this model was binarized with weights=False.")
+    fraction = frozen_fraction(model)
+    if fraction < 1:
+        name, layer = next((name, layer) for name, layer in layers.items() if layer.fraction < 1)
+        raise ValueError(
+            f"pack takes a fully frozen model, but the frozen fraction of this one is {fraction:.4f} ({name} has "
+            f"{layer.fraction:.4f}). Train to the end of the progression."
+        )
+    replaced = [tensor for layer in layers.values() for tensor in (layer.weight, layer.weight_mask)]
+    packed = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in replaced})
+    packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
+    for name, layer in layers.items():
+        packed.set_submodule(name, PackedLinear.from_binary(layer))
+    _mark_packed(packed, config)
+    return packed.eval()
+
+
+def _mark_packed(model: PreTrainedModel, config: BinarizationConfig) -> None:
+    """Gives the model the quantizer and the config that `from_pretrained` gives a packed checkpoint."""
+    config = copy.deepcopy(config)
+    config.mode = "packed"
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    model.hf_quantizer, model.quantization_method, model.is_quantized = quantizer, config.quant_method, True
+    quantizer.postprocess_model(model)
+
+
+def unpack(model: PreTrainedModel) -> PreTrainedModel:
+    """Makes a latent, fully frozen model out of a packed one, to go on training it: the inverse of [`pack`].
+
+    The latent weights are `scale · sign`; what they were before packing is gone. To train it with everything
+    frozen, set `model.config.quantization_config.progression = "none"`; another progression opens it again. Packing
+    again gives the same bits, and the same scales up to float rounding. The model passed in is not changed.
+
+    Raises:
+        ValueError: The model is not packed.
+    """
+    layers = packed_layers(model)
+    if not layers:
+        raise ValueError(f"unpack takes a packed model, but this {type(model).__name__} has no packed layer.")
+    config = copy.deepcopy(model.config.quantization_config)
+    config.mode = "train"
+    latent = copy.deepcopy(model)
+    base = "" if model.base_model is model else model.base_model_prefix + "."
+    for name, layer in layers.items():
+        key = name.removeprefix(base)
+        latent.set_submodule(name, _to_binary(layer, config, key))
+    latent.hf_quantizer.remove_quantization_config(latent)
+    latent.config.quantization_config = config
+    latent.config._is_quantized = False
+    return latent
+
+
+@torch.no_grad()
+def _to_binary(layer: PackedLinear, config: BinarizationConfig, key: str) -> BinaryLinear:
+    levels = layer.activation_levels
+    unsigned = levels is not None and levels[0].item() == 0
+    if key not in config.modules:
+        raise ValueError(f"model.config.quantization_config.modules does not list {key!r}, so its unit is not known.")
+    unit = config.modules[key]["unit"]
+    binary = BinaryLinear.from_float(layer.to_float(), config, key=key, unit=unit, unsigned=unsigned)
+    if binary.activation_scale is not None and levels is not None:
+        binary.activation_scale.copy_(levels[1:])
+    if binary.activation_shift is not None and layer.activation_threshold is not None:
+        binary.activation_shift.copy_(layer.activation_threshold)
+    binary.calibrated.fill_(True)
+    binary.set_frozen(1.0, step=0)
+    return binary

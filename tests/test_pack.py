@@ -1,0 +1,185 @@
+"""Packing is exact: the packed model computes what the fully frozen latent model computes."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from hf_stompp import BinarizationConfig, binarize, calibrate, pack, unpack
+from hf_stompp.layers import BinaryLinear, PackedLinear
+from hf_stompp.patching import binary_layers, packed_layers
+
+VARIANTS = {
+    "w1a1": BinarizationConfig(),
+    "w1a1-relu": BinarizationConfig(replace_gelu=True),
+    "w1a32": BinarizationConfig(activations=False),
+    "tensor-scale": BinarizationConfig(scale="tensor", learn_activation_shift=False),
+    "no-scale": BinarizationConfig(scale="none", activation_levels="signed"),
+}
+
+
+def freeze(model: PreTrainedModel, fraction: float = 1.0) -> PreTrainedModel:
+    for layer in binary_layers(model).values():
+        layer.set_frozen(fraction, step=5)
+    return model
+
+
+def frozen_model(model: PreTrainedModel, batch: dict, config: BinarizationConfig) -> PreTrainedModel:
+    """A fully frozen model whose learned tensors are not at their starting values."""
+    binarize(model, config)
+    if config.activations:
+        calibrate(model, batch)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in binary_layers(model).values():
+            layer.weight[0, :3] = torch.tensor([0.0, -0.0, 1e-30])
+            for learned in (layer.bias, layer.activation_shift):
+                if learned is not None:
+                    learned += 0.1 * torch.randn(learned.shape, generator=generator)
+    return freeze(model)
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_packed_logits_equal_the_frozen_latent_ones(
+    architecture: str, config: BinarizationConfig, tiny_model: Callable, tiny_batch: Callable
+) -> None:
+    latent = frozen_model(tiny_model(architecture), tiny_batch(), config)
+    packed = pack(latent)
+    assert len(packed_layers(packed)) == len(binary_layers(latent)) and not binary_layers(packed)
+    for size, length in ((1, 5), (3, 9), (8, 17)):
+        batch = tiny_batch(size=size, length=length, seed=size)
+        with torch.no_grad():
+            expected, got = latent(**batch).logits, packed(**batch).logits
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        assert expected.std() > 0
+
+
+def test_packed_layer_against_a_float64_reference(tiny_model: Callable, tiny_batch: Callable) -> None:
+    latent = frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig())
+    generator = torch.Generator().manual_seed(0)
+    for name, packed in packed_layers(pack(latent)).items():
+        layer = latent.get_submodule(name)
+        assert isinstance(layer, BinaryLinear)
+        x = torch.randn(7, layer.in_features, generator=generator)
+        w, x64 = layer.weight.detach().double().numpy(), x.double().numpy()
+        alpha = np.abs(w).mean(axis=1, keepdims=True)
+        gamma = layer.activation_scale.item()
+        if layer.unsigned:
+            x_hat = np.where(x64 >= gamma / 2, gamma, 0.0)
+        else:
+            x_hat = np.where(x64 - layer.activation_shift.detach().double().numpy() >= 0, gamma, -gamma)
+        expected = x_hat @ (alpha * np.where(w >= 0, 1.0, -1.0)).T + layer.bias.detach().double().numpy()
+        np.testing.assert_allclose(packed(x).detach().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_one_bit_a_weight(tiny_model: Callable, tiny_batch: Callable) -> None:
+    packed = pack(frozen_model(tiny_model("minilm"), tiny_batch(), BinarizationConfig()))
+    for layer in packed_layers(packed).values():
+        assert layer.weight.dtype == torch.uint8
+        assert layer.weight.nbytes == layer.out_features * -(-layer.in_features // 8)
+        assert layer.weight_scale.nbytes == 4 * layer.out_features
+
+
+def test_pack_leaves_the_model_as_it_was(tiny_model: Callable, tiny_batch: Callable) -> None:
+    latent = frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig())
+    latent.train()
+    before = copy.deepcopy(latent.state_dict())
+    packed = pack(latent)
+    after = latent.state_dict()
+    assert list(before) == list(after) and all(torch.equal(before[key], after[key]) for key in before)
+    assert latent.training and not packed.training
+    assert latent.config.quantization_config.mode == "train" and packed.config.quantization_config.mode == "packed"
+    packed.classifier.weight.data.zero_()
+    assert latent.classifier.weight.abs().sum() > 0
+
+
+def test_unpack_is_the_inverse(architecture: str, tiny_model: Callable, tiny_batch: Callable) -> None:
+    batch = tiny_batch()
+    packed = pack(frozen_model(tiny_model(architecture), batch, BinarizationConfig()))
+    latent = unpack(packed)
+    again = pack(latent)
+    for name, layer in packed_layers(packed).items():
+        other = again.get_submodule(name)
+        assert torch.equal(layer.weight, other.weight)
+        torch.testing.assert_close(layer.weight_scale, other.weight_scale, rtol=1e-6, atol=0)
+        for tensor in ("activation_threshold", "activation_levels"):
+            assert torch.equal(getattr(layer, tensor), getattr(other, tensor))
+    # Trainable again: a gradient reaches the latent weights.
+    latent.train()(**batch).logits.sum().backward()
+    assert all(layer.weight.grad is not None for layer in binary_layers(latent).values())
+
+
+def test_packed_model_in_half_precision_keeps_scales_and_thresholds(
+    tiny_model: Callable, tiny_batch: Callable
+) -> None:
+    packed = pack(frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig()))
+    before = {name: layer.activation_threshold.clone() for name, layer in packed_layers(packed).items()}
+    for layer in packed_layers(packed).values():
+        layer.to(torch.bfloat16)
+    for name, layer in packed_layers(packed).items():
+        assert layer.weight.dtype == torch.uint8 and layer.weight_scale.dtype == torch.float32
+        assert torch.equal(layer.activation_threshold, before[name])
+
+
+def test_to_float_is_the_exact_weight(tiny_model: Callable, tiny_batch: Callable) -> None:
+    latent = frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig(activations=False))
+    packed = pack(latent)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    for name, layer in packed_layers(packed).items():
+        if layer.in_features == 32:
+            assert torch.equal(layer.to_float()(x), latent.get_submodule(name)(x))
+
+
+def test_a_half_frozen_model_is_refused(tiny_model: Callable) -> None:
+    model = freeze(binarize(tiny_model("bert"), BinarizationConfig()), 0.25)
+    with pytest.raises(ValueError, match=r"frozen fraction of this one is 0\.2500 .*query"):
+        pack(model)
+
+
+def test_wrong_models_are_refused(tiny_model: Callable, tiny_batch: Callable) -> None:
+    with pytest.raises(ValueError, match="not binarized"):
+        pack(tiny_model("bert"))
+    packed = pack(frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig()))
+    with pytest.raises(ValueError, match="packed already"):
+        pack(packed)
+    with pytest.raises(ValueError, match="binarized already"):
+        binarize(packed, BinarizationConfig())
+    with pytest.raises(ValueError, match="no packed layer"):
+        unpack(tiny_model("bert"))
+    with pytest.raises(ValueError, match="weights=False"):
+        pack(freeze(binarize(tiny_model("bert"), BinarizationConfig(weights=False))))
+
+
+@pytest.mark.parametrize("problem_type", ["regression", "multi_label_classification"])
+def test_regression_and_multi_label_heads(problem_type: str, tiny_model: Callable, tiny_batch: Callable) -> None:
+    labels = 1 if problem_type == "regression" else 4
+    model = tiny_model("bert", num_labels=labels, problem_type=problem_type)
+    batch = tiny_batch()
+    latent = frozen_model(model, batch, BinarizationConfig())
+    targets = torch.rand(3, labels).round() if labels > 1 else torch.rand(3)
+    loss = latent.train()(**batch, labels=targets).loss
+    loss.backward()
+    assert loss.isfinite() and binary_layers(latent)["bert.encoder.layer.0.output.dense"].weight.grad.abs().sum() > 0
+    packed = pack(latent)
+    torch.testing.assert_close(packed(**batch).logits, latent.eval()(**batch).logits, rtol=1e-5, atol=1e-6)
+    assert isinstance(packed.bert.encoder.layer[0].output.dense, PackedLinear)
+
+
+def test_autocast_gives_both_the_same_bits(tiny_model: Callable, tiny_batch: Callable) -> None:
+    batch = tiny_batch(size=8, length=20)
+    for scale in (0.3, 0.7001, 1.2345):
+        latent = frozen_model(tiny_model("bert"), batch, BinarizationConfig())
+        for layer in binary_layers(latent).values():
+            layer.activation_scale.data.fill_(scale)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(pack(latent)(**batch).logits, latent(**batch).logits)
+
+
+def test_real_minilm(minilm: str, tiny_batch: Callable) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(minilm)
+    batch = tiny_batch()
+    latent = frozen_model(model, batch, BinarizationConfig(replace_gelu=True))
+    torch.testing.assert_close(pack(latent)(**batch).logits, latent(**batch).logits, rtol=1e-4, atol=1e-5)
