@@ -1,0 +1,173 @@
+"""What the recipes share: arguments (a YAML file, then flags), train, pack and reload, the result table and file."""
+
+import dataclasses
+import difflib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_stompp import BinarizationConfig, pack
+
+
+def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, ...]:
+    """Parse `[recipe.yaml] --flag value …` into one object of each dataclass; a flag overrides the file's key.
+
+    The YAML keys are the flags' names and go through the same parser, so that a value of the wrong type or outside its
+    choices is refused alike; `null` sets `None`.
+
+    Raises:
+        FileNotFoundError: there is no such YAML file.
+        ValueError: it is not a flat mapping, or one of its keys is no flag.
+
+    Example:
+
+        >>> (args,) = parse_recipe(["--learning_rate", "1e-3"], [TrainingArguments])
+        >>> args.learning_rate
+        0.001
+    """
+    parser = HfArgumentParser(dataclass_types)
+    from_file: list[str] = []
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        flags = {field.name for cls in parser.dataclass_types for field in dataclasses.fields(cls) if field.init}
+        values = _read_yaml(Path(argv[0]), flags)
+        argv = argv[1:]
+        parser.set_defaults(**{key: None for key, value in values.items() if value is None})
+        for key, value in values.items():
+            from_file += _as_flags(key, value)
+    return parser.parse_args_into_dataclasses([*from_file, *argv], look_for_args_file=False)
+
+
+def _read_yaml(path: Path, flags: set[str]) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe: there is no file {str(path)!r}. Pass one of recipes/configs, or flags only.")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: received {values!r}; a recipe is a flat mapping of flags, `learning_rate: 1e-4`.")
+    for key in values:
+        if key not in flags:
+            close = difflib.get_close_matches(str(key), flags, n=3)
+            hint = f"Did you mean {' or '.join(close)}?" if close else "Run the script with --help to see them all."
+            raise ValueError(f"{path}: the key {key!r} is not a flag of this recipe. {hint}")
+    return values
+
+
+def _as_flags(key: str, value: Any) -> list[str]:
+    if value is None:  # argparse has no word for None: it is set as a default
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    # `--key=value` in one word: a negative number would be taken for a flag.
+    return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
+    """Train, or go on training, with `--do_train`; save the model; return what of it belongs in `results.json`."""
+    args = trainer.args
+    checkpoint = checkpoint_to_resume(args) if args.do_train else None
+    torch.set_float32_matmul_precision(matmul_precision)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics if args.do_train else {}
+    torch.set_float32_matmul_precision("highest")  # the scores are those that any user gets
+    trainer.save_model()
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "train_seconds": metrics.get("train_runtime"),
+        "resumed_from": checkpoint,
+    }
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint to train on from: the one asked for, else the last one in `output_dir`, else none.
+
+    `--resume_from_checkpoint` takes a folder, `True` (the last in `output_dir`; an error without one) or `False`
+    (start anew). Without it a run that was interrupted goes on when its command is given again, and one that was
+    finished is left as it is.
+    """
+    asked = args.resume_from_checkpoint
+    if asked is not None and asked.lower() == "false":
+        return None
+    if asked is not None and asked.lower() != "true":
+        return asked
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if last is None and asked:
+        raise ValueError(
+            f"resume_from_checkpoint: received {asked}, but output_dir {args.output_dir!r} has no checkpoint. Pass "
+            "the folder of one, or drop the flag to start anew."
+        )
+    if last is not None and not asked:
+        _refuse_finished(args.output_dir, last)  # the Trainer would make one more step, and the results be its
+        print(f"Resuming from {last}. To start anew: --resume_from_checkpoint False, or another --output_dir.")
+    return last
+
+
+def _refuse_finished(output_dir: str, checkpoint: str) -> None:
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if state.global_step >= state.max_steps:
+        raise ValueError(
+            f"output_dir: {output_dir!r} holds a run that was finished at step {state.global_step}. To start anew: "
+            "another --output_dir, or --resume_from_checkpoint False. To train on: --resume_from_checkpoint True "
+            f"and a larger --max_steps. To score it again: --model_name_or_path {output_dir} without --do_train."
+        )
+
+
+def pack_and_reload(trainer: Trainer, folder: Path, auto_class: Any) -> None:
+    """Save the packed model in `folder`, and go on with it as any user will: `auto_class.from_pretrained(folder)`."""
+    if trainer.is_world_process_zero():
+        pack(trainer.model).save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
+    # The constructor of Trainer takes no model that can only be evaluated.
+    trainer.model = trainer.model_wrapped = auto_class.from_pretrained(folder).to(trainer.args.device)
+
+
+def result_row(model: str, metrics: dict[str, float], folder: str | Path) -> dict[str, Any]:
+    """A row of the result table out of what `Trainer.evaluate` returned for `model`, saved in `folder`."""
+    other = ("_loss", "_runtime", "_per_second", "_preparation_time", "epoch")
+    scores = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(other)}
+    seconds = sum(value for key, value in metrics.items() if key.endswith("_runtime"))
+    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    return {"model": model, **scores, "bytes": size, "eval_seconds": seconds}
+
+
+def format_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows, which share their keys, as a Markdown table."""
+    lines = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+    first, *others = (max(map(len, column)) for column in zip(*lines, strict=True))
+    lines.insert(1, [":" + "-" * (first - 1), *("-" * (width - 1) + ":" for width in others)])
+    return "\n".join(
+        " | ".join([f"| {name:{first}}", *map(str.rjust, values, others)]) + " |" for name, *values in lines
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def describe(recipe: Any, config: BinarizationConfig | None, args: TrainingArguments) -> dict[str, Any]:
+    """What a reader of `results.json` needs to run it again; all `TrainingArguments` are in `training_args.bin`."""
+    return {
+        "recipe": vars(recipe),
+        "binarization": config and config.to_dict(),
+        "seed": args.seed,
+        "mask_seed": config and config.mask_seed,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler": str(args.lr_scheduler_type.value),
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+    }
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `content` in one step: a reader, or a crash, never sees half a file."""
+    path = Path(path)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,189 @@
+r"""Fine-tune a BERT on a GLUE task, in 1 bit with `--binarize`, and report the trained model and its packed copy.
+
+A minute on a CPU, nothing to download (a synthetic task and a tiny BERT, written by code):
+
+    python recipes/run_glue.py recipes/configs/demo.yaml
+
+SST-2 from the Hub, W1A1 by StoMPP; every YAML key is a flag, and a flag overrides the file:
+
+    python recipes/run_glue.py recipes/configs/sst2_minilm_stompp.yaml \
+        --model_name_or_path sentence-transformers/all-MiniLM-L6-v2
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import evaluate
+from datasets import DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+
+import synthetic
+from glue_tasks import Task, get_task, load_task
+from hf_stompp import BinarizationConfig, StomppCallback, summary
+from recipe_utils import describe, format_table, pack_and_reload, parse_recipe, result_row, train, write_json
+
+
+@dataclass
+class RecipeArguments:
+    task_name: str | None = field(default=None, metadata={"help": "A GLUE task, as sst2, or synthetic, the demo."})
+    dataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder of parquet files; without it nyu-mll/glue from the Hub."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the model; synthetic makes a tiny BERT without one."}
+    )
+    binarize: bool = field(default=False, metadata={"help": "Binarize the model; without it, full precision."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut; padding is per batch."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate the first rows only."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first test rows only."})
+    hub_metrics: bool = field(default=False, metadata={"help": "The Hub's metric module, not the one in metrics/."})
+    dropout: float | None = field(
+        default=None, metadata={"help": "Hidden and attention dropout; without it the model's own."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, …; on a CPU eager is faster for short texts."}
+    )
+    matmul_precision: Literal["highest", "high", "medium"] = field(
+        default="highest",
+        metadata={"help": "torch.set_float32_matmul_precision while training; medium is faster on CPUs with AMX."},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the recipe; returns what it writes to `results.json`."""
+    types = (RecipeArguments, BinarizationConfig, TrainingArguments)
+    recipe, config, args = parse_recipe(sys.argv[1:] if argv is None else argv, types)
+    check(recipe, args)
+    set_seed(args.seed)
+    with args.main_process_first(desc="data"):
+        task, data = load_data(recipe, args)
+        source = recipe.model_name_or_path or synthetic.save_tiny_bert(Path(args.output_dir) / "initial")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        data = tokenize(data, task, tokenizer, recipe.max_seq_length)
+    trainer = Trainer(
+        load_model(source, task, recipe, config),
+        args,
+        train_dataset=data["train"],
+        eval_dataset=evaluation_data(data, task),
+        processing_class=tokenizer,
+        compute_metrics=metrics_of(recipe, task),
+        callbacks=[StomppCallback()] if recipe.binarize else None,
+    )
+    if recipe.binarize:
+        print(summary(trainer.model))
+    training = train(trainer, recipe.matmul_precision)
+    # Grouping by length also reorders what is evaluated: from here on rows keep the order of the data set.
+    args.train_sampling_strategy = "sequential"
+    folder = Path(args.output_dir)
+    rows = [result_row("latent fp32" if recipe.binarize else "full precision", trainer.evaluate(), folder)]
+    if recipe.binarize and config.weights and not config.never_freezes:
+        folder = folder / "packed"
+        pack_and_reload(trainer, folder, AutoModelForSequenceClassification)
+        rows.append(result_row("packed, reloaded", trainer.evaluate(), folder))
+    if args.do_predict:
+        for split in task.test:
+            write_predictions(trainer, data[split], task, Path(args.output_dir) / f"predictions_{split}.tsv")
+    results = {**describe(recipe, config if recipe.binarize else None, args), **training, "rows": rows}
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "results.json", results)
+        print(format_table(rows))
+        if recipe.task_name == "synthetic":
+            print(synthetic.EXAMPLE, pipeline("text-classification", model=str(folder))(synthetic.EXAMPLE))
+    return results
+
+
+def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
+    """Refuse what contradicts itself before anything is loaded."""
+    if recipe.task_name == "synthetic":
+        for flag, given in (("dataset_dir", recipe.dataset_dir), ("do_predict", args.do_predict)):
+            if given:
+                raise ValueError(f"{flag}: received {given!r}; synthetic has no files and no test split. Drop it.")
+    elif get_task(recipe.task_name, ["synthetic"]) and recipe.model_name_or_path is None:
+        raise ValueError(
+            f"model_name_or_path: received None; {recipe.task_name} needs a Hub id or a folder of a pretrained model, "
+            "as in --model_name_or_path google-bert/bert-base-uncased. Only synthetic makes its own."
+        )
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end: received True; allowed: False. The final checkpoint is reported: the best of "
+            "many dev scores is biased, and one from before the end is not fully binary. Drop the flag."
+        )
+
+
+def load_data(recipe: RecipeArguments, args: TrainingArguments) -> tuple[Task, DatasetDict]:
+    name, train, evaluation = recipe.task_name, recipe.max_train_samples, recipe.max_eval_samples
+    if name == "synthetic":
+        return synthetic.TASK, synthetic.load_synthetic(train, evaluation)
+    data = load_task(name, recipe.dataset_dir, args.do_predict, train, evaluation, recipe.max_predict_samples)
+    return get_task(name), data
+
+
+def tokenize(data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    def encode(rows: dict[str, list[str]]) -> Any:
+        texts = [rows[column] for column in task.columns]
+        return tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+
+    return data.map(encode, batched=True, remove_columns=list(task.columns), desc="Tokenizing")
+
+
+def load_model(source: str, task: Task, recipe: RecipeArguments, binarization: BinarizationConfig) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source, num_labels=task.num_labels)
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: code for code, label in enumerate(task.labels)}
+    if recipe.dropout is not None:
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not hasattr(config, name):
+                raise ValueError(
+                    f"dropout: received {recipe.dropout}, but a {config.model_type} has no {name}. Drop --dropout."
+                )
+            setattr(config, name, recipe.dropout)
+    options: dict[str, Any] = {"quantization_config": binarization} if recipe.binarize else {}
+    if recipe.attn_implementation is not None:
+        options["attn_implementation"] = recipe.attn_implementation
+    return AutoModelForSequenceClassification.from_pretrained(source, config=config, **options)
+
+
+def evaluation_data(data: DatasetDict, task: Task) -> Any:
+    """One split as it is; several by what follows `validation_`, which the Trainer puts before their metrics."""
+    if len(task.evaluation) == 1:
+        return data[task.evaluation[0]]
+    return {split.removeprefix("validation_"): data[split] for split in task.evaluation}
+
+
+def metrics_of(recipe: RecipeArguments, task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+    module = "glue" if recipe.hub_metrics else str(Path(__file__).parent / "metrics" / "glue")
+    name = "sst2" if recipe.task_name == "synthetic" else recipe.task_name  # plain accuracy, as SST-2's
+    metric = evaluate.load(module, name, keep_in_memory=True)
+    return lambda output: metric.compute(predictions=decide(output.predictions, task), references=output.label_ids)
+
+
+def decide(logits: Any, task: Task) -> Any:
+    """The predicted scores of a regression, the predicted classes of anything else."""
+    return logits.squeeze(-1) if task.is_regression else logits.argmax(-1)
+
+
+def write_predictions(trainer: Trainer, rows: Any, task: Task, path: Path) -> None:
+    decided = decide(trainer.predict(rows).predictions, task)
+    if trainer.is_world_process_zero():
+        values = [f"{value:.3f}" if task.is_regression else task.labels[value] for value in decided]
+        path.write_text("index\tprediction\n" + "".join(f"{i}\t{value}\n" for i, value in enumerate(values)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Arguments from YAML files and flags, and the table and file that a run ends with."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import TrainerState, TrainingArguments
+
+from hf_stompp import BinarizationConfig
+from recipe_utils import checkpoint_to_resume, format_table, parse_recipe, result_row, write_json
+from run_glue import RecipeArguments
+
+CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
+TYPES = (RecipeArguments, BinarizationConfig, TrainingArguments)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "task_name: rte\nlearning_rate: 1e-3\nclip: null\nactivations: false\nexclude: [a.*, b]\nmask_seed: 3\n"
+        'lr_scheduler_kwargs: {"min_lr": 0.1}\nsave_strategy: "no"\n'
+    )
+    return path
+
+
+def test_yaml_keys_are_flags(recipe: Path) -> None:
+    own, config, args = parse_recipe([str(recipe)], TYPES)
+    assert (own.task_name, own.max_seq_length) == ("rte", 128)
+    assert (config.clip, config.activations, config.exclude, config.mask_seed) == (None, False, ["a.*", "b"], 3)
+    assert (args.learning_rate, args.lr_scheduler_kwargs, args.save_strategy) == (1e-3, {"min_lr": 0.1}, "no")
+
+
+def test_flags_override_the_file(recipe: Path) -> None:
+    flags = "--learning_rate 5e-4 --clip 1.5 --activations --exclude c --task_name mrpc".split()
+    own, config, args = parse_recipe([str(recipe), *flags], TYPES)
+    assert (own.task_name, config.clip, config.activations, config.exclude) == ("mrpc", 1.5, True, ["c"])
+    assert args.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    own, _, args = parse_recipe([str(path)], TYPES)
+    assert own.task_name in ("sst2", "synthetic") and args.do_train
+
+
+def test_wrong_key_names_the_close_ones(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match="'learning_rat' is not a flag of this recipe. Did you mean learning_rate"):
+        parse_recipe([str(path)], TYPES)
+    path.write_text("zzzzzz: 1\n")
+    with pytest.raises(ValueError, match="'zzzzzz' is not a flag of this recipe. Run the script with --help"):
+        parse_recipe([str(path)], TYPES)
+
+
+def test_wrong_value_is_refused_as_in_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("max_steps: many\n")
+    with pytest.raises(SystemExit):
+        parse_recipe([str(path)], TYPES)
+    assert "invalid int value: 'many'" in capsys.readouterr().err
+
+
+def test_wrong_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no file 'nothing.yaml'"):
+        parse_recipe(["nothing.yaml"], TYPES)
+    (tmp_path / "list.yml").write_text("- task_name\n")
+    with pytest.raises(ValueError, match=r"list.yml: received \['task_name'\]; a recipe is a flat mapping"):
+        parse_recipe([str(tmp_path / "list.yml")], TYPES)
+
+
+def save_checkpoint(folder: Path, step: int, max_steps: int) -> str:
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir()
+    TrainerState(global_step=step, max_steps=max_steps).save_to_json(str(checkpoint / "trainer_state.json"))
+    return str(checkpoint)
+
+
+def test_checkpoint_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(value: str | None) -> str | None:
+        return checkpoint_to_resume(TrainingArguments(str(tmp_path), resume_from_checkpoint=value))
+
+    assert asked(None) is None
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: received True, but .* has no checkpoint"):
+        asked("True")
+    save_checkpoint(tmp_path, 2, max_steps=11)
+    last = save_checkpoint(tmp_path, 10, max_steps=11)
+    assert asked(None) == last
+    assert f"Resuming from {last}" in capsys.readouterr().out
+    assert asked("true") == last
+    assert asked("False") is None
+    assert asked("elsewhere") == "elsewhere"
+
+
+def test_a_finished_run_is_not_resumed_unasked(tmp_path: Path) -> None:
+    last = save_checkpoint(tmp_path, 11, max_steps=11)
+    with pytest.raises(ValueError, match=r"holds a run that was finished at step 11. To start anew: another --output"):
+        checkpoint_to_resume(TrainingArguments(str(tmp_path)))
+    assert checkpoint_to_resume(TrainingArguments(str(tmp_path), resume_from_checkpoint="True")) == last
+
+
+def test_result_row_and_table(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 1234)
+    metrics = {"eval_m_accuracy": 0.5, "eval_m_loss": 1.0, "eval_m_runtime": 1.0, "eval_n_accuracy": 0.25}
+    more = {"eval_n_runtime": 2.0, "eval_n_samples_per_second": 9.0, "eval_model_preparation_time": 1.0, "epoch": 1.0}
+    row = result_row("tiny", metrics | more, tmp_path)
+    assert row == {"model": "tiny", "m_accuracy": 0.5, "n_accuracy": 0.25, "bytes": 1234, "eval_seconds": 3.0}
+    assert format_table([row]).splitlines() == [
+        "| model | m_accuracy | n_accuracy | bytes | eval_seconds |",
+        "| :---- | ---------: | ---------: | ----: | -----------: |",
+        "| tiny  |     0.5000 |     0.2500 | 1,234 |       3.0000 |",
+    ]
+
+
+def test_write_json_replaces_the_file_whole(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

@@ -1,0 +1,135 @@
+"""The GLUE recipe from its flags to its results, on a few sentences and a tiny model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import run_glue
+from glue_tasks import TASKS
+from hf_stompp import BinarizationConfig
+from hf_stompp.patching import packed_layers
+from run_glue import RecipeArguments
+
+QUICK = "--do_train --max_steps 4 --per_device_train_batch_size 4 --learning_rate 1e-3 --save_strategy no".split()
+QUIET = "--disable_tqdm True --dataloader_pin_memory False".split()
+BINARY = "--binarize --progression global --progression_end 1".split()
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_bert: str) -> Callable[..., dict[str, Any]]:
+    """Runs the recipe quickly on a task in a folder; a later flag overrides an earlier one."""
+
+    def main(task: str, folder: Path, *flags: str, output: str = "out") -> dict[str, Any]:
+        given = ["--task_name", task, "--dataset_dir", str(folder), "--model_name_or_path", tiny_bert]
+        return run_glue.main([*given, "--output_dir", str(tmp_path / output), *QUICK, *QUIET, *flags])
+
+    return main
+
+
+def test_binarized_run(
+    run: Callable[..., dict[str, Any]], sst2_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = run("sst2", sst2_folder, *BINARY, "--seed", "5", "--mask_seed", "6", "--dropout", "0.25")
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    expected = {"seed": 5, "mask_seed": 6, "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "resumed_from": None}
+    assert results.items() >= expected.items()
+    assert results["train_seconds"] > 0
+    assert results["binarization"]["progression"] == "global"
+    assert results["recipe"]["task_name"] == "sst2"
+
+    latent, packed = results["rows"]
+    assert (latent["model"], packed["model"]) == ("latent fp32", "packed, reloaded")
+    assert latent["accuracy"] == packed["accuracy"]
+    for row, folder in ((latent, tmp_path / "out"), (packed, tmp_path / "out" / "packed")):
+        assert row["bytes"] == (folder / "model.safetensors").stat().st_size
+    assert packed["bytes"] < latent["bytes"] / 4
+
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "packed")
+    assert len(packed_layers(model)) == 12
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+    assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.25
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "packed")("soup")["input_ids"]
+
+    printed = capsys.readouterr().out
+    assert "parameters are 1-bit when frozen" in printed
+    assert "| packed, reloaded |" in printed
+
+
+def test_full_precision_regression(run: Callable[..., dict[str, Any]], write_split: Callable[..., Path]) -> None:
+    pairs = {"sentence1": ["good soup", "bad soup", "the fish"], "sentence2": ["great soup", "the bread", "the fish"]}
+    write_split("stsb/train.parquet", **pairs, label=[4.0, 1.5, 5.0])
+    folder = write_split("stsb/validation.parquet", **pairs, label=[4.0, 1.5, 5.0])
+    results = run("stsb", folder)
+    (row,) = results["rows"]
+    assert list(row) == ["model", "pearson", "spearmanr", "bytes", "eval_seconds"]
+    assert row["model"] == "full precision" and results["binarization"] is None and results["mask_seed"] is None
+
+
+def test_mnli_is_scored_twice_and_predicted_in_order(
+    run: Callable[..., dict[str, Any]], write_split: Callable[..., Path], tmp_path: Path
+) -> None:
+    premises = ["soup", "the soup was very good and so was the fish", "bad fish", "the waiter was great"]
+    columns = {"premise": premises, "hypothesis": ["good", "the bread", "fish", "not"]}
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        write_split(f"mnli/{split}.parquet", **columns, label=[0, 1, 2, 1])
+    for split in ("test_matched", "test_mismatched"):
+        folder = write_split(f"mnli/{split}.parquet", **columns, label=[-1] * 4)
+    grouped = "--do_predict --train_sampling_strategy group_by_length --per_device_eval_batch_size 2".split()
+    (row,) = run("mnli", folder, *grouped)["rows"]
+    assert list(row) == ["model", "matched_accuracy", "mismatched_accuracy", "bytes", "eval_seconds"]
+
+    out = tmp_path / "out"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    with torch.no_grad():
+        logits = model(**tokenizer(*columns.values(), padding=True, return_tensors="pt")).logits
+    expected = [f"{i}\t{model.config.id2label[int(code)]}" for i, code in enumerate(logits.argmax(-1))]
+    for split in ("matched", "mismatched"):
+        lines = (out / f"predictions_test_{split}.tsv").read_text().splitlines()
+        assert lines == ["index\tprediction", *expected]
+
+
+def test_resumed_run_ends_as_the_uninterrupted_one(
+    run: Callable[..., dict[str, Any]], sst2_folder: Path, tmp_path: Path
+) -> None:
+    flags = (*BINARY, "--save_strategy", "steps", "--save_steps", "2")
+    whole = run("sst2", sst2_folder, *flags, output="whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    resumed = run("sst2", sst2_folder, *flags, output="cut")
+    assert (whole["resumed_from"], resumed["resumed_from"]) == (None, str(tmp_path / "cut" / "checkpoint-2"))
+    assert resumed["steps"] == 4
+    for name in ("model.safetensors", "packed/model.safetensors"):
+        first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_synthetic_demo_ends_with_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = "--max_train_samples 32 --max_eval_samples 8".split()
+    run_glue.main(["--task_name", "synthetic", *QUICK, *QUIET, *BINARY, *sizes, "--output_dir", str(tmp_path)])
+    assert "soup was superb . [{'label': 'food" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_wrong_input_stops_before_anything_is_loaded(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"received 'sst3'; allowed: .*synthetic. Did you mean 'sst2'"):
+        run("sst3", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no split 'train' of sst2; it holds no parquet file at all"):
+        run("sst2", tmp_path)
+    with pytest.raises(ValueError, match="dataset_dir: received .* synthetic has no files"):
+        run("synthetic", tmp_path)
+    with pytest.raises(ValueError, match="load_best_model_at_end: received True; allowed: False"):
+        run("sst2", tmp_path, *"--load_best_model_at_end --eval_strategy steps --save_strategy steps".split())
+    with pytest.raises(ValueError, match="model_name_or_path: received None; sst2 needs a Hub id or a folder"):
+        run_glue.main(["--task_name", "sst2", "--output_dir", str(tmp_path)])
+
+
+def test_dropout_of_a_model_without_it_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "distilbert"}')
+    with pytest.raises(ValueError, match="dropout: received 0.0, but a distilbert has no hidden_dropout_prob"):
+        run_glue.load_model(str(tmp_path), TASKS["sst2"], RecipeArguments(dropout=0.0), BinarizationConfig())
