@@ -1,0 +1,188 @@
+"""What binarization adds to a training step: time and peak memory, side by side in one process.
+
+Each round runs one whole optimizer step (masks, forward, backward, AdamW) of every variant in turn, so that a machine
+whose speed drifts slows all of them alike; the table gives medians, and medians of the ratios round by round.
+
+    python benchmarks/training.py                                # MiniLM-L6 shapes, 32 x 16 and 8 x 128 tokens
+    python benchmarks/training.py --model bert-base --device cuda --batches 32x128 --bf16
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, TrainerControl, TrainerState, TrainingArguments
+from transformers import set_seed as seed_everything
+
+from hf_stompp import BinarizationConfig, StomppCallback, binarize
+from hf_stompp.patching import binary_layers
+
+SHAPES = {
+    "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
+}
+VARIANTS: dict[str, BinarizationConfig | None] = {
+    "full precision": None,
+    "STE baseline": BinarizationConfig(surrogate="ste", progression="none"),
+    "StoMPP + STE": BinarizationConfig(surrogate="ste", progression_end=1.0),
+    "StoMPP STE-free": BinarizationConfig(surrogate="none", progression_end=1.0),
+    "StoMPP + STE, global": BinarizationConfig(surrogate="ste", progression="global", progression_end=1.0),
+    "weights only": BinarizationConfig(activations=False, progression_end=1.0),
+}
+
+
+class Variant:
+    """A model, its optimizer and its callback, driven as the Trainer drives them."""
+
+    def __init__(self, name: str, model: str, batch: tuple[int, int], steps: int, device: str, bf16: bool) -> None:
+        seed_everything(0)
+        self.bert = BertForSequenceClassification(BertConfig(num_attention_heads=12, **SHAPES[model])).to(device)
+        config = VARIANTS[name]
+        if config is not None:
+            binarize(self.bert, config)
+        self.device, self.bf16 = device, bf16
+        self.optimizer = torch.optim.AdamW(self.bert.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+        ids = torch.randint(1000, 30000, batch)
+        examples = [{"input_ids": row, "labels": torch.tensor(0)} for row in ids]
+        loader = DataLoader(examples, batch_size=batch[0])
+        self.inputs = {key: value.to(device) for key, value in next(iter(loader)).items()}
+        self.state, self.control = TrainerState(max_steps=steps), TrainerControl()
+        self.args = TrainingArguments(use_cpu=device == "cpu", report_to="none")
+        self.callback = StomppCallback() if config is not None else None
+        self.bert.train()
+        self._event("on_train_begin", train_dataloader=loader)
+
+    def _event(self, event: str, **kwargs: Any) -> None:
+        if self.callback is not None:
+            getattr(self.callback, event)(self.args, self.state, self.control, model=self.bert, **kwargs)
+
+    def step(self) -> None:
+        self._event("on_step_begin")
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            loss = self.bert(**self.inputs).loss
+        loss.backward()
+        self._event("on_pre_optimizer_step")
+        self.optimizer.step()
+        self._event("on_optimizer_step")
+        self.optimizer.zero_grad()
+        self.state.global_step += 1
+
+    def extra_state(self) -> str:
+        """Bytes of masks for each binarized weight and for each activation feature."""
+        layers = binary_layers(self.bert).values()
+        if not layers:
+            return ""
+        weights = sum(layer.weight_mask.nbytes for layer in layers) / sum(layer.weight.numel() for layer in layers)
+        features = sum(layer.activation_mask.nbytes for layer in layers) / sum(layer.in_features for layer in layers)
+        return f"{weights:.0f} B/weight + {features:.0f} B/feature"
+
+
+def timed(step: Callable[[], None], device: str) -> float:
+    """Milliseconds of one step; processor time on a CPU, which neighbours on a shared machine disturb less."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return 1000 * (clock() - start)
+
+
+def peak_memory(name: str, *args: Any) -> float:
+    """MB that a few steps take at their peak: of the device, or of a fresh child process on a CPU."""
+    device = args[3]
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        variant = Variant(name, *args)
+        for _ in range(3):
+            variant.step()
+        return torch.cuda.max_memory_allocated() / 1e6
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_child_peak, args=(queue, name, torch.get_num_threads(), *args))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+def _child_peak(
+    queue: Any, name: str, threads: int, model: str, batch: tuple[int, int], steps: int, *rest: Any
+) -> None:
+    torch.set_num_threads(threads)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    variant = Variant(name, model, batch, steps, *rest)
+    # Half-way the front is in the middle: frozen, mixed and soft layers.
+    variant.state.global_step = steps // 2
+    for _ in range(3):
+        variant.step()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+
+
+def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: bool) -> list[dict[str, Any]]:
+    warmup, steps = 2, max(rounds + 2, 48)
+    variants = {name: Variant(name, model, batch, steps, device, bf16) for name in VARIANTS}
+    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for round_ in range(rounds + warmup):
+        for name, variant in variants.items():
+            elapsed = timed(variant.step, device)
+            if round_ >= warmup:
+                times[name].append(elapsed)
+    rows = []
+    for name, variant in variants.items():
+        ratios = {
+            other: statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
+            for other in ("full precision", "STE baseline")
+        }
+        rows.append(
+            {
+                "model": model,
+                "tokens": f"{batch[0]}x{batch[1]}",
+                "variant": name,
+                "ms": statistics.median(times[name]),
+                "ratio": ratios["full precision"],
+                "ratio_ste": ratios["STE baseline"],
+                "state": variant.extra_state(),
+            }
+        )
+    del variants
+    for row in rows:
+        row["peak_mb"] = peak_memory(row["variant"], model, batch, steps, device, bf16)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SHAPES, default="minilm-l6")
+    parser.add_argument("--batches", nargs="+", default=["32x16", "8x128"], help="batch size x sequence length")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    print("| model | tokens | variant | ms/step | vs full precision | vs STE | peak MB | extra state |")
+    print("|---|---|---|---|---|---|---|---|")
+    for text in args.batches:
+        size, length = map(int, text.split("x"))
+        for row in measure(args.model, (size, length), args.rounds, args.device, args.bf16):
+            rows.append(row)
+            print(
+                f"| {row['model']} | {row['tokens']} | {row['variant']} | {row['ms']:.0f} | {row['ratio']:.2f} "
+                f"| {row['ratio_ste']:.2f} | {row['peak_mb']:.0f} | {row['state']} |",
+                flush=True,
+            )
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
