@@ -7,6 +7,8 @@ Pure functions of tensors: no modules, no configuration, no randomness. METHOD: 
 arXiv 2606.27759.
 """
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,13 +22,13 @@ def weight_scale(weight: Tensor, granularity: str) -> Tensor:
     `"channel"`: \\(α_n = \operatorname{mean}_k |w_{nk}|\\), the least-squares scale of `sign(w)` for each output
     channel (Rastegari et al., XNOR-Net, 2016); `"tensor"`: one mean for all entries; `"none"`: 1.
     """
-    magnitude = weight.detach().abs()
-    shape = (-1,) + (1,) * (weight.dim() - 1)
-    if granularity == "channel":
-        return magnitude.flatten(1).mean(dim=1, dtype=torch.float32).view(shape)
+    rows, shape = weight.detach().flatten(1), (-1,) + (1,) * (weight.dim() - 1)
+    if granularity == "none":
+        return torch.ones(rows.shape[0], dtype=torch.float32, device=weight.device).view(shape)
+    mean = torch.cat([part.abs().mean(dim=1, dtype=torch.float32) for (part,) in _blocks(rows)])
     if granularity == "tensor":
-        return magnitude.mean(dtype=torch.float32).expand(weight.shape[0]).view(shape)
-    return torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device).view(shape)
+        mean = mean.mean().expand(rows.shape[0])
+    return mean.view(shape)
 
 
 def activation_threshold(scale: Tensor, shift: Tensor | None, unsigned: bool) -> Tensor:
@@ -36,27 +38,48 @@ def activation_threshold(scale: Tensor, shift: Tensor | None, unsigned: bool) ->
     return torch.zeros_like(scale) if shift is None else shift
 
 
-def _hard(x: Tensor, scale: Tensor, unsigned: bool) -> Tensor:
+_BLOCK = 1 << 16
+"""Entries worked on at a time on a CPU: a few such float32 tensors fit the second-level cache of one core."""
+
+
+def _blocks(x: Tensor, *others: Any) -> Iterable[tuple[Any, ...]]:
+    """`x` and what goes with it, cut alike along the first axis into pieces that stay in the cache from one elementwise
+    operation to the next. What is broadcast along that axis, or is no tensor, goes with every piece as it is."""
+    if x.device.type != "cpu" or x.numel() <= _BLOCK or torch.compiler.is_compiling():
+        return [(x, *others)]
+    rows = max(1, _BLOCK * x.shape[0] // x.numel())
+    alike = (isinstance(t, Tensor) and t.dim() == x.dim() and t.shape[0] == x.shape[0] for t in others)
+    parts = [t.split(rows) if cut else itertools.repeat(t) for t, cut in zip(others, alike, strict=True)]
+    return zip(x.split(rows), *parts, strict=False)
+
+
+def _hard(x: Tensor, scale: Tensor, unsigned: bool, out: Tensor) -> None:
     """The binary value of every entry. In-place arithmetic on 0/1 floats: `torch.where` on signs, which are as good as
     random, is ten times slower on a CPU (it branches)."""
     if unsigned:
-        return (x - scale / 2).ge_(0).mul_(scale)
-    return x.clone().ge_(0).mul_(2 * scale).sub_(scale)
+        torch.sub(x, scale / 2, out=out).ge_(0).mul_(scale)
+    else:
+        torch.ge(x, 0, out=out).mul_(2 * scale).sub_(scale)
 
 
-def _soft(x: Tensor, scale: Tensor, clip: float | None, unsigned: bool) -> Tensor:
+def _soft(x: Tensor, scale: Tensor, clip: float | None, unsigned: bool, out: Tensor) -> None:
     """The clipped value of every entry."""
     if clip is None:
-        return x
+        out.copy_(x)
+        return
     upper = clip * scale
-    return torch.minimum(torch.maximum(x, torch.zeros_like(upper) if unsigned else -upper), upper)
+    torch.maximum(x, torch.zeros_like(upper) if unsigned else -upper, out=out)
+    torch.minimum(out, upper, out=out)
 
 
-def _inside(x: Tensor, scale: Tensor, clip: float, unsigned: bool) -> Tensor:
-    """1 where the soft value is not clipped, else 0, in the dtype of `x`."""
-    if unsigned:
-        return (clip * scale - x).mul_(x).ge_(0)
-    return x.abs().le_(clip * scale)
+def _pass_inside(grad: Tensor, x: Tensor, scale: Tensor, clip: float | None, unsigned: bool, out: Tensor) -> None:
+    """The gradient of the soft value: that of the entries which are not clipped."""
+    if clip is None:
+        out.copy_(grad)
+    elif unsigned:
+        torch.sub(clip * scale, x, out=out).mul_(x).ge_(0).mul_(grad)
+    else:
+        torch.abs(x, out=out).le_(clip * scale).mul_(grad)
 
 
 class _Mix(torch.autograd.Function):
@@ -66,14 +89,20 @@ class _Mix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool, ste: bool
     ) -> Tensor:
-        if mask is True:
-            y = _hard(x, scale, unsigned)
-        elif mask is False:
-            y = _soft(x, scale, clip, unsigned).view_as(x)
+        if mask is False and clip is None:
+            y = x.view_as(x)
         else:
-            # lerp with weights 0 and 1 returns one end or the other exactly.
-            frozen = mask.view(torch.uint8).to(x.dtype)
-            y = torch.lerp(_soft(x, scale, clip, unsigned), _hard(x, scale, unsigned), frozen)
+            y = torch.empty_like(x)
+            for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
+                if frozen is True:
+                    _hard(part, part_scale, unsigned, out)
+                    continue
+                _soft(part, part_scale, clip, unsigned, out)
+                if frozen is not False:
+                    hard = torch.empty_like(part)
+                    _hard(part, part_scale, unsigned, hard)
+                    # lerp with weights 0 and 1 returns one end or the other exactly.
+                    torch.lerp(out, hard, frozen.view(torch.uint8).to(x.dtype), out=out)
         ctx.save_for_backward(
             x, scale, y if ctx.needs_input_grad[1] else None, mask if isinstance(mask, Tensor) else None
         )
@@ -84,16 +113,21 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, scale, y, mask = ctx.saved_tensors
-        grad_inside = grad if ctx.clip is None else _inside(x, scale, ctx.clip, ctx.unsigned).mul_(grad)
-        if mask is not None:
-            grad_soft = grad_inside * (1 - mask.view(torch.uint8).to(grad.dtype))
-        else:
-            grad_soft = torch.zeros_like(grad) if ctx.all_frozen else grad_inside
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
+        grad_x = torch.empty_like(x)
+        grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
+        for part, out, grad_y, value, part_scale, frozen, sums in _blocks(x, grad_x, grad, y, scale, mask, grad_scale):
+            if ctx.all_frozen and not ctx.ste:
+                out.zero_()
+            else:
+                _pass_inside(grad_y, part, part_scale, ctx.clip, ctx.unsigned, out)
             # y is γ times a constant where frozen or clipped, and does not depend on γ elsewhere.
-            grad_scale = ((grad - grad_soft) * y).sum_to_size(scale.shape) / scale
-        return grad_inside if ctx.ste else grad_soft, grad_scale, None, None, None, None
+            soft = out if frozen is None else out * (1 - frozen.view(torch.uint8).to(grad.dtype))
+            if sums is not None:
+                constant = grad_y if ctx.all_frozen else grad_y - soft
+                sums += (constant * value).sum_to_size(sums.shape) / part_scale
+            if frozen is not None and not ctx.ste:
+                out.copy_(soft)
+        return grad_x, grad_scale, None, None, None, None
 
 
 def mix(
