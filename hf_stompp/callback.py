@@ -24,7 +24,7 @@ class StomppCallback(TrainerCallback):
     `Trainer(model, args, callbacks=[StomppCallback()], ...)` is all there is to do. Before each optimizer step the
     masks are set to the schedule's fractions for that step; after it, frozen weights of an STE-free run get their
     values back. At the start of training the activation scales are calibrated on the first examples of the training
-    set.
+    set, and those of a unit again when its window begins.
 
     It holds no state that matters: the schedule is a function of `global_step` and `max_steps`, so a resumed run goes
     on as it was. To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units
@@ -46,6 +46,7 @@ class StomppCallback(TrainerCallback):
     def __init__(self) -> None:
         self._layers: dict[str, BinaryLinear] = {}
         self._fractions: list[float] = []
+        self._calibration: dict[str, Any] | None = None
         self._signs: dict[str, Tensor] = {}
 
     @property
@@ -61,8 +62,16 @@ class StomppCallback(TrainerCallback):
         self._check_start(state, frozen_fraction(model))
         _go_first(self)
         self._set_masks(state.global_step + 1, state.max_steps)
-        if any(layer.activation_scale is not None and not layer.calibrated for layer in self._layers.values()):
-            _calibrate_on(kwargs["train_dataloader"], model, args.device)
+        if self._config.activations:
+            self._calibration = _calibration_batch(kwargs["train_dataloader"], args.device)
+            if not all(layer.calibrated for layer in self._layers.values()):
+                if self._calibration is None:
+                    raise ValueError(
+                        "There is nothing to calibrate the activation scales on: the training set is a stream, whose "
+                        "first examples would be lost to training, or its collator gives no mapping of keyword "
+                        "arguments. Call hf_stompp.calibrate(model, batch) on a batch of your own before training."
+                    )
+                calibrate(model, self._calibration)
         self._signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
 
     def _check_start(self, state: TrainerState, frozen: float) -> None:
@@ -87,7 +96,11 @@ class StomppCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # global_step is still that of the last step: the masks of step max_steps are the ones that are evaluated.
+        before = self._unit_fractions(state.global_step, state.max_steps)
         self._set_masks(state.global_step + 1, state.max_steps)
+        starting = [unit for unit, fraction in enumerate(self._fractions) if before[unit] == 0 < fraction]
+        if starting and state.global_step > 0 and self._calibration is not None:
+            calibrate(kwargs["model"], self._calibration, units=starting)
 
     def _set_masks(self, step: int, max_steps: int) -> None:
         self._fractions = self._unit_fractions(step, max_steps)
@@ -218,20 +231,15 @@ def _go_first(callback: StomppCallback) -> None:
         del frame  # or the frames would keep each other alive
 
 
-def _calibrate_on(dataloader: Any, model: nn.Module, device: torch.device) -> None:
-    """Calibrates on the first examples of the training set: the same on every rank, without touching the sampler."""
+def _calibration_batch(dataloader: Any, device: torch.device) -> dict[str, Any] | None:
+    """The first examples of the training set: the same on every rank, without touching the sampler. None of a stream,
+    whose first examples would be lost to training, or where the collator gives no mapping."""
     if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
-        raise ValueError(
-            f"The training set is a stream ({type(dataloader.dataset).__name__}): calibrating on its first examples "
-            "would take them from training. Call hf_stompp.calibrate(model, batch) on a batch of your own first."
-        )
+        return None
     # A dataloader that Accelerate has prepared has its batch size in the batch sampler only.
     size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
     with torch.random.fork_rng():  # a collator may draw, as the one of masked language modelling does
         batch = dataloader.collate_fn([dataloader.dataset[i] for i in range(min(size, len(dataloader.dataset)))])
     if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"The training set's collator gives a {type(batch).__name__}, not a mapping of keyword arguments. Call "
-            "hf_stompp.calibrate(model, batch) on a batch of your own before training."
-        )
-    calibrate(model, {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()})
+        return None
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

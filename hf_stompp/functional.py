@@ -43,8 +43,8 @@ _BLOCK = 1 << 16
 
 
 def _blocks(x: Tensor, *others: Any) -> Iterable[tuple[Any, ...]]:
-    """`x` and what goes with it, cut alike along the first axis into pieces that stay in the cache from one elementwise
-    operation to the next. What is broadcast along that axis, or is no tensor, goes with every piece as it is."""
+    """`x` and what goes with it, cut alike along the first axis into pieces that stay in the cache from one operation
+    to the next. What is broadcast along that axis, or is no tensor, goes with every piece as it is."""
     if x.device.type != "cpu" or x.numel() <= _BLOCK or torch.compiler.is_compiling():
         return [(x, *others)]
     rows = max(1, _BLOCK * x.shape[0] // x.numel())

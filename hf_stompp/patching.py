@@ -1,7 +1,7 @@
 """The verbs on models: `binarize`, `pack`, `unpack`, and `calibrate`."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def replace_gelu(model: PreTrainedModel, names: set[str]) -> None:
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
     r"""Sets the activation scales (and shifts) of a binarized model from one batch of its real input.
 
     Each layer is set just before it runs, so it sees what its upstream layers really give under the present masks.
@@ -106,11 +106,13 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
 
     Padding, by the batch's `attention_mask`, does not count. A layer that is executed several times, as ALBERT's are,
     keeps what it saw last. [`StomppCallback`] calls it at the start of the training of a model that has not been
-    calibrated; call it yourself in a training loop of your own, or for a training set that is a stream.
+    calibrated, and for each unit when its window begins: what the unit is given then comes out of binary layers, and
+    is no longer what it was. Call it yourself in a training loop of your own, or for a training set that is a stream.
 
     Args:
         model (`PreTrainedModel`): A binarized model.
         batch (`Mapping`): Keyword arguments of its `forward`, on its device.
+        units (`Collection[int]`, *optional*): Set the layers of these units alone; by default of all.
 
     Raises:
         ValueError: The model is not binarized.
@@ -128,7 +130,8 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
             x = x[mask.bool()]
         _calibrate_layer(layer, x.reshape(-1, layer.in_features))
 
-    layers = [layer for layer in binary_layers(model).values() if layer.activation_scale is not None]
+    layers = [layer for layer in binary_layers(model).values() if units is None or layer.unit in units]
+    layers = [layer for layer in layers if layer.activation_scale is not None]
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     training = model.training
     try:

@@ -225,11 +225,48 @@ def test_the_scales_start_from_the_first_batch_of_examples(
     assert all(recorder.start[f"{name}.activation_scale"].item() != 1.0 for name in binary_layers(twin))
 
 
+class Snapshots(TrainerCallback):
+    """Copies of the model at the end of one step, and at the start of the next, when its masks are set."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.models: list[PreTrainedModel] = []
+
+    def _copy(self, state: Any, model: PreTrainedModel) -> None:
+        if state.global_step == self.step:
+            self.models.append(copy.deepcopy(model))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._copy(state, kwargs["model"])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._copy(state, kwargs["model"])
+
+
+def test_a_unit_is_calibrated_again_when_its_window_begins(
+    make_model: MakeModel, make_trainer: MakeTrainer, examples: Examples
+) -> None:
+    # Four units in 8 of 16 steps: the window of the second begins at step 3.
+    snapshots = Snapshots(step=2)
+    make_trainer(make_model(), snapshots).train()
+    before, after = snapshots.models
+    expected = copy.deepcopy(before)
+    for layer in binary_layers(expected).values():
+        layer.set_frozen({0: 1.0, 1: 0.5}.get(layer.unit, 0.0), 3)
+    calibrate(expected, default_data_collator(examples[:4]), units=[1])
+    for name, layer in binary_layers(after).items():
+        for tensor in ("activation_scale", "activation_shift", "bias"):
+            value, old = getattr(layer, tensor), getattr(before.get_submodule(name), tensor)
+            if value is not None:
+                assert torch.equal(value, getattr(expected.get_submodule(name), tensor)), name
+                assert torch.equal(value, old) == (layer.unit != 1), f"{name}.{tensor}"
+
+
 def test_a_stream_is_not_robbed_of_its_first_examples(
     make_model: MakeModel, make_trainer: MakeTrainer, make_recorder: MakeRecorder, examples: Examples
 ) -> None:
     model, recorder = make_model(), make_recorder(stop_at=1)
-    with pytest.raises(ValueError, match=r"Stream.*calibrate\(model, batch\)"):
+    with pytest.raises(ValueError, match=r"a stream.*calibrate\(model, batch\)"):
         make_trainer(model, data=Stream(examples)).train()
     calibrate(model, default_data_collator(examples[:4]))
     scales = {name: layer.activation_scale.item() for name, layer in binary_layers(model).items()}

@@ -102,7 +102,8 @@ class BinaryLinear(nn.Linear):
         # In the precision of the scale, as the packed layer compares: rounding must not decide on a bit.
         centred = input.to(self.activation_scale.dtype)
         if self.activation_shift is not None:
-            centred = centred - self.activation_shift
+            # Not `-`: its backward negates the whole gradient before it sums it.
+            centred = centred + (-self.activation_shift)
         ste = self.config.surrogate == "ste"
         scale, mask = self.positive_scale(), self._mask(self.activation_mask)
         mixed = mix(centred, scale, mask, clip=self.config.clip, unsigned=self.unsigned, ste=ste)
