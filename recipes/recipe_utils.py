@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from datasets import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -65,6 +67,31 @@ def _as_flags(key: str, value: Any) -> list[str]:
         return [f"--{key}", *map(str, value)]
     # `--key=value` in one word: a negative number would be taken for a flag.
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+def bucket_by_length(rows: Dataset, batch_size: int, seed: int) -> Dataset:
+    """Order tokenized rows, for sequential sampling, so that a batch holds texts of like length and needs no padding.
+
+    Rows are shuffled; runs of 50 batches are sorted by length and cut; the batches are shuffled. The Trainer's own
+    `group_by_length` leaves that last step out: each run goes from its longest texts to its shortest, and so does what
+    the model has seen last.
+
+    Example:
+
+        >>> rows = Dataset.from_list([{"input_ids": [0] * n} for n in (1, 5, 1, 5)])
+        >>> [len(ids) for ids in bucket_by_length(rows, batch_size=2, seed=0)["input_ids"]]
+        [5, 5, 1, 1]
+    """
+    lengths = np.array([len(ids) for ids in rows["input_ids"]])
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(rows))
+    run = 50 * batch_size
+    runs = (order[i : i + run] for i in range(0, len(order), run))
+    order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in runs])
+    whole = len(order) // batch_size * batch_size  # what is left over comes last
+    batches = order[:whole].reshape(-1, batch_size)
+    generator.shuffle(batches)
+    return rows.select(np.concatenate([batches.ravel(), order[whole:]]))
 
 
 def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
@@ -163,6 +190,12 @@ def describe(recipe: Any, config: BinarizationConfig | None, args: TrainingArgum
         "warmup_steps": args.warmup_steps,
         "weight_decay": args.weight_decay,
     }
+
+
+def report(results: dict[str, Any], folder: Path) -> None:
+    """Write `results.json` and print its rows."""
+    write_json(folder / "results.json", results)
+    print(format_table(results["rows"]))
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

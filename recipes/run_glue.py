@@ -34,7 +34,7 @@ from transformers import (
 import synthetic
 from glue_tasks import Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
-from recipe_utils import describe, format_table, pack_and_reload, parse_recipe, result_row, train, write_json
+from recipe_utils import bucket_by_length, describe, pack_and_reload, parse_recipe, report, result_row, train
 
 
 @dataclass
@@ -54,6 +54,9 @@ class RecipeArguments:
     hub_metrics: bool = field(default=False, metadata={"help": "The Hub's metric module, not the one in metrics/."})
     dropout: float | None = field(
         default=None, metadata={"help": "Hidden and attention dropout; without it the model's own."}
+    )
+    bucket_by_length: bool = field(
+        default=False, metadata={"help": "Batches of texts of like length, in one random order for all epochs."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, …; on a CPU eager is faster for short texts."}
@@ -75,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         source = recipe.model_name_or_path or synthetic.save_tiny_bert(Path(args.output_dir) / "initial")
         tokenizer = AutoTokenizer.from_pretrained(source)
         data = tokenize(data, task, tokenizer, recipe.max_seq_length)
+    if recipe.bucket_by_length:
+        data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
+        args.train_sampling_strategy = "sequential"
     trainer = Trainer(
         load_model(source, task, recipe, config),
         args,
@@ -100,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             write_predictions(trainer, data[split], task, Path(args.output_dir) / f"predictions_{split}.tsv")
     results = {**describe(recipe, config if recipe.binarize else None, args), **training, "rows": rows}
     if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / "results.json", results)
-        print(format_table(rows))
+        report(results, Path(args.output_dir))
         if recipe.task_name == "synthetic":
             print(synthetic.EXAMPLE, pipeline("text-classification", model=str(folder))(synthetic.EXAMPLE))
     return results

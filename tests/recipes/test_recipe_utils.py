@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from hf_stompp import BinarizationConfig
-from recipe_utils import checkpoint_to_resume, format_table, parse_recipe, result_row, write_json
+from recipe_utils import bucket_by_length, checkpoint_to_resume, format_table, parse_recipe, result_row, write_json
 from run_glue import RecipeArguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
@@ -122,3 +124,21 @@ def test_write_json_replaces_the_file_whole(tmp_path: Path) -> None:
     write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 2}
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(5000, 8), (1003, 10), (7, 10)])
+def test_buckets_have_little_padding_in_a_random_order(count: int, batch_size: int) -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, count)
+    rows = Dataset.from_dict({"id": range(count), "input_ids": [[0] * n for n in lengths]})
+    ordered = bucket_by_length(rows, batch_size, seed=3)
+    assert sorted(ordered["id"]) == list(range(count))
+    assert ordered["id"] == bucket_by_length(rows, batch_size, seed=3)["id"]
+    if count < batch_size:
+        return
+    assert ordered["id"] != bucket_by_length(rows, batch_size, seed=4)["id"]
+    found = np.array([len(ids) for ids in ordered["input_ids"]])
+    batches = found[: count // batch_size * batch_size].reshape(-1, batch_size)
+    assert np.ptp(batches, axis=1).mean() < 6 < np.ptp(lengths[: batches.size].reshape(batches.shape), axis=1).mean()
+    # Sorted runs would put longer batches before shorter ones (or the reverse) nearly always.
+    falls = (np.diff(batches.mean(axis=1)) < 0).mean()
+    assert 0.35 < falls < 0.65
