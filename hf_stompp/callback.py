@@ -23,8 +23,8 @@ class StomppCallback(TrainerCallback):
 
     `Trainer(model, args, callbacks=[StomppCallback()], ...)` is all there is to do. Before each optimizer step the
     masks are set to the schedule's fractions for that step; after it, frozen weights of an STE-free run get their
-    values back. At the start of training the activation scales are calibrated on the first examples of the training
-    set, and those of a unit again when its window begins.
+    values back. At the start of training the activation scales are calibrated on a batch of examples from all over the
+    training set, and those of a unit again when its window begins.
 
     It holds no state that matters: the schedule is a function of `global_step` and `max_steps`, so a resumed run goes
     on as it was. To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units
@@ -68,10 +68,15 @@ class StomppCallback(TrainerCallback):
                 if self._calibration is None:
                     raise ValueError(
                         "There is nothing to calibrate the activation scales on: the training set is a stream, whose "
-                        "first examples would be lost to training, or its collator gives no mapping of keyword "
-                        "arguments. Call hf_stompp.calibrate(model, batch) on a batch of your own before training."
+                        "examples would be lost to training, or its collator gives no mapping of keyword arguments. "
+                        "Call hf_stompp.calibrate(model, batch) on a batch of your own before training."
                     )
                 calibrate(model, self._calibration)
+            elif self._calibration is None:
+                logger.warning(
+                    "The training set is a stream, or its collator gives no mapping of keyword arguments: units are "
+                    "not calibrated again when their windows begin, and keep the scales they have been given."
+                )
         self._signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
 
     def _check_start(self, state: TrainerState, frozen: float) -> None:
@@ -232,14 +237,15 @@ def _go_first(callback: StomppCallback) -> None:
 
 
 def _calibration_batch(dataloader: Any, device: torch.device) -> dict[str, Any] | None:
-    """The first examples of the training set: the same on every rank, without touching the sampler. None of a stream,
-    whose first examples would be lost to training, or where the collator gives no mapping."""
+    """A batch of examples from all over the training set, which may be sorted: the same on every rank, without touching
+    the sampler. None of a stream, whose examples would be lost to training, or where the collator gives no mapping."""
     if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
         return None
     # A dataloader that Accelerate has prepared has its batch size in the batch sampler only.
     size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
+    examples = range(0, len(dataloader.dataset), max(1, len(dataloader.dataset) // size))[:size]
     with torch.random.fork_rng():  # a collator may draw, as the one of masked language modelling does
-        batch = dataloader.collate_fn([dataloader.dataset[i] for i in range(min(size, len(dataloader.dataset)))])
+        batch = dataloader.collate_fn([dataloader.dataset[i] for i in examples])
     if not isinstance(batch, Mapping):
         return None
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

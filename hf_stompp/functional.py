@@ -39,7 +39,8 @@ def activation_threshold(scale: Tensor, shift: Tensor | None, unsigned: bool) ->
 
 
 _BLOCK = 1 << 16
-"""Entries worked on at a time on a CPU: a few such float32 tensors fit the second-level cache of one core."""
+"""Entries worked on at a time on a CPU, if the first axis can be cut so: a few such float32 tensors fit the
+second-level cache of one core."""
 
 
 def _blocks(x: Tensor, *others: Any) -> Iterable[tuple[Any, ...]]:
@@ -92,7 +93,7 @@ class _Mix(torch.autograd.Function):
         if mask is False and clip is None:
             y = x.view_as(x)
         else:
-            y = torch.empty_like(x)
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)  # a compiler cannot write into another
             for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
                 if frozen is True:
                     _hard(part, part_scale, unsigned, out)
@@ -113,7 +114,7 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, scale, y, mask = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
         for part, out, grad_y, value, part_scale, frozen, sums in _blocks(x, grad_x, grad, y, scale, mask, grad_scale):
             if ctx.all_frozen and not ctx.ste:
