@@ -237,8 +237,8 @@ def _go_first(callback: StomppCallback) -> None:
 
 
 def _calibration_batch(dataloader: Any, device: torch.device) -> dict[str, Any] | None:
-    """A batch of examples from all over the training set, which may be sorted: the same on every rank, without touching
-    the sampler. None of a stream, whose examples would be lost to training, or where the collator gives no mapping."""
+    """Examples from all over the training set, which may be sorted: the same on every rank, without touching the
+    sampler. None of a stream, whose examples would be lost to training, or where the collator gives no mapping."""
     if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
         return None
     # A dataloader that Accelerate has prepared has its batch size in the batch sampler only.

@@ -93,14 +93,14 @@ class _Mix(torch.autograd.Function):
         if mask is False and clip is None:
             y = x.view_as(x)
         else:
-            y = torch.empty_like(x, memory_format=torch.contiguous_format)  # a compiler cannot write into another
+            y = x.new_empty(x.shape)  # contiguous: a compiler cannot write into another
             for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
                 if frozen is True:
                     _hard(part, part_scale, unsigned, out)
                     continue
                 _soft(part, part_scale, clip, unsigned, out)
                 if frozen is not False:
-                    hard = torch.empty_like(part)
+                    hard = torch.empty_like(out)
                     _hard(part, part_scale, unsigned, hard)
                     # lerp with weights 0 and 1 returns one end or the other exactly.
                     torch.lerp(out, hard, frozen.view(torch.uint8).to(x.dtype), out=out)
@@ -114,7 +114,7 @@ class _Mix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, scale, y, mask = ctx.saved_tensors
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_x = x.new_empty(x.shape)
         grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
         for part, out, grad_y, value, part_scale, frozen, sums in _blocks(x, grad_x, grad, y, scale, mask, grad_scale):
             if ctx.all_frozen and not ctx.ste:

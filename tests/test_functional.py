@@ -10,11 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_stompp import functional
 from hf_stompp.functional import activation_threshold, mix, weight_scale
 
 SCALE = torch.tensor([[0.5], [1.25], [2.0]], dtype=torch.float64)
 MASK = torch.tensor([[i % 3 == 0 or j % 4 == 1 for j in range(12)] for i in range(3)])
 MASKS = {"frozen": True, "soft": False, "mixed": MASK, "per feature": MASK[0]}
+
+
+@pytest.fixture(params=[4, 1 << 30], ids=["in blocks", "whole"])
+def block_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors cut into blocks of a few entries, as large ones are on a CPU, or not at all."""
+    monkeypatch.setattr(functional, "_BLOCK", request.param)
+
+
 CASES = [
     pytest.param(unsigned, clip, mask, ste, id=f"{'unsigned' if unsigned else 'signed'}-clip={clip}-{name}-ste={ste}")
     for unsigned, clip, (name, mask), ste in product((False, True), (None, 1.0, 2.5), MASKS.items(), (False, True))
@@ -61,6 +70,7 @@ def brute_force(
     return y, dx, dscale
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize(("unsigned", "clip", "mask", "ste"), CASES)
 def test_mix_equals_brute_force(unsigned: bool, clip: float | None, mask: Any, ste: bool) -> None:
     x, scale = latent().requires_grad_(), SCALE.clone().requires_grad_()
@@ -73,6 +83,7 @@ def test_mix_equals_brute_force(unsigned: bool, clip: float | None, mask: Any, s
     torch.testing.assert_close(scale.grad, (dscale * upstream).sum(dim=1, keepdim=True), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("unsigned", "clip", "mask", "ste"), CASES[::2])
 def test_mix_forward_equals_brute_force_in_lower_precision(
@@ -185,6 +196,16 @@ def test_sign_of_both_zeros_is_plus_one_in_a_compiled_graph(mask: Tensor | bool,
     assert scale.grad.item() == 2 * SIGNS.sum().item()
 
 
+def test_a_transposed_tensor_compiles() -> None:
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).t().requires_grad_()
+    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
+    for mask in (True, torch.arange(4) % 2 == 0):
+        y = compiled(x, torch.ones(1), mask, clip=1.0, ste=True)
+        assert torch.equal(y, mix(x, torch.ones(1), mask, clip=1.0, ste=True))
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("block_size")
 @pytest.mark.parametrize("shape", [(5, 7), (4, 3, 2, 2)], ids=["linear", "convolution"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("granularity", ["channel", "tensor", "none"])
@@ -201,6 +222,26 @@ def test_weight_scale_equals_numpy(granularity: str, dtype: torch.dtype, shape: 
     assert scale.dtype == torch.float32
     assert not scale.requires_grad
     np.testing.assert_allclose(scale.flatten().double().numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("block_size")
+@pytest.mark.parametrize("shape", [(6, 5, 3), (1, 40, 3)], ids=["batch", "one sample"])
+@pytest.mark.parametrize("frozen", [True, False, None])
+def test_blocks_of_a_batch_of_activations(shape: tuple[int, ...], frozen: bool | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    mask = torch.tensor([True, False, True]) if frozen is None else frozen
+    gamma = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
+    y = mix(x.requires_grad_(), gamma, mask, clip=1.5, ste=True)
+    y.backward(upstream)
+    frozen_at = np.broadcast_to(np.array([True, False, True]) if frozen is None else frozen, shape)
+    values, g = x.detach().numpy(), upstream.numpy()
+    inside = np.abs(values) <= 1.5 * 0.8
+    hard, clipped = np.where(values >= 0, 0.8, -0.8), np.clip(values, -1.2, 1.2)
+    np.testing.assert_allclose(y.detach().numpy(), np.where(frozen_at, hard, clipped), rtol=1e-12)
+    np.testing.assert_allclose(x.grad.numpy(), g * inside, rtol=1e-12)
+    slope = np.where(frozen_at, np.sign(hard), np.where(inside, 0.0, 1.5 * np.sign(values)))
+    np.testing.assert_allclose(gamma.grad.item(), (g * slope).sum(), rtol=1e-10)
 
 
 def test_channel_scale_is_the_least_squares_scale_of_the_signs() -> None:
