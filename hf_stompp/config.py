@@ -85,6 +85,9 @@ class BinarizationConfig(QuantizationConfigMixin):
     learn_activation_shift: bool = _flag(True, "Train a shift for each input feature of layers with signed levels.")
     replace_gelu: bool = _flag(False, "Replace the GELU that feeds a binarized layer by ReLU.")
     pooler: bool = _flag(False, "Binarize the pooler too.")
+    embedding_bits: Literal[32, 16, 8, 4, 1] = _flag(
+        32, "Bits of the embedding tables in the packed model: rounded when it is packed, not trained."
+    )
     include: list[str] = _flag(
         [], "fnmatch patterns of module names: binarize these as well, whatever their role. Wins over exclude."
     )
@@ -109,7 +112,8 @@ class BinarizationConfig(QuantizationConfigMixin):
             value, hint = getattr(self, item.name), hints[item.name]
             if not _matches(value, hint):
                 allowed = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-                error = ValueError if typing.get_origin(hint) is Literal and isinstance(value, str) else TypeError
+                is_choice = type(value) in {type(choice) for choice in typing.get_args(hint)}
+                error = ValueError if typing.get_origin(hint) is Literal and is_choice else TypeError
                 raise error(f"BinarizationConfig.{item.name} is {value!r}; allowed: {allowed}.")
             if isinstance(value, int) and hint in (float, float | None):
                 setattr(self, item.name, float(value))
@@ -221,7 +225,7 @@ def _matches(value: Any, hint: Any) -> bool:
     """Whether `value` is of the type `hint` (a bool is not a number here; an int is a float)."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return value in args
+        return any(value == choice and type(value) is type(choice) for choice in args)
     if origin in (typing.Union, types.UnionType):
         return any(_matches(value, arg) for arg in args)
     if origin is list:

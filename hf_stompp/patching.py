@@ -9,10 +9,13 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, PackedLinear
-from hf_stompp.selection import activations_feeding, select
+from hf_stompp.layers import BinaryLinear, PackedEmbedding, PackedLinear
+from hf_stompp.selection import activations_feeding, embedding_tables, select
+
+logger = logging.get_logger(__name__)
 
 
 def binary_layers(model: nn.Module) -> dict[str, BinaryLinear]:
@@ -24,6 +27,11 @@ def binary_layers(model: nn.Module) -> dict[str, BinaryLinear]:
 def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
     """The packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
+def packed_tables(model: nn.Module) -> dict[str, PackedEmbedding]:
+    """The packed embedding tables of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedEmbedding)}
 
 
 def frozen_fraction(model: nn.Module) -> float:
@@ -164,29 +172,60 @@ def _calibrate_layer(layer: BinaryLinear, x: Tensor) -> None:
     layer.calibrated.fill_(True)
 
 
-def pack(model: PreTrainedModel) -> PreTrainedModel:
+def pack(
+    model: PreTrainedModel, embedding_bits: int | None = None, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """Makes the packed model: bits and scales instead of latent weights, and the same outputs, bit for bit.
 
     Every float operation of the packed layer is the one of the fully frozen latent layer, so that the logits are equal
-    but for what a different alignment in memory does to the order of a sum. The model passed in is not changed, and
-    its latent weights are not copied.
+    but for what a different alignment in memory does to the order of a sum. With `embedding_bits` or `dtype` they are
+    not: the tables and whatever else is not 1-bit are rounded. The model passed in is not changed, and its latent
+    weights are not copied.
 
     Args:
         model (`PreTrainedModel`): A binarized model whose every entry is frozen, as after a finished training run. A
             wrapper of DDP, mixed precision or `torch.compile` around it is taken off.
+        embedding_bits (`int`, *optional*): 32, 16, 8, 4 or 1 bits an entry of the embedding tables, with a scale for
+            each row (see [`~packing.quantize_rows`]); by default what the model's config says. A table that is tied to
+            the output layer stays as it is.
+        dtype (`torch.dtype`, *optional*): Of everything that is neither packed nor decides on bits: norms, biases,
+            heads. By default it is not changed.
 
     Returns:
         `PreTrainedModel`: A new model of the same class in evaluation mode; `save_pretrained` writes the bits.
 
     Raises:
-        ValueError: The model is not binarized, is packed already, has full-precision weights, or is not fully frozen.
+        ValueError: The model is not binarized, is packed already, has full-precision weights, or is not fully frozen;
+            or `embedding_bits` is none of the widths.
 
     Example:
 
-        >>> packed = pack(model)  # doctest: +SKIP
+        >>> packed = pack(model, embedding_bits=8)  # doctest: +SKIP
         >>> packed.save_pretrained("bert-1bit")  # doctest: +SKIP
     """
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+    layers = binary_layers(model)
+    config = _check_packable(model)
+    if embedding_bits is not None:
+        config = BinarizationConfig.from_dict(config.to_dict() | {"embedding_bits": embedding_bits})
+    tables = _tables_to_pack(model, config)
+    replaced = [tensor for layer in layers.values() for tensor in (layer.weight, layer.weight_mask)]
+    replaced += [table.weight for table in tables.values()]
+    packed = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in replaced})
+    packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
+    for name, layer in layers.items():
+        packed.set_submodule(name, PackedLinear.from_binary(layer))
+    for name, table in tables.items():
+        packed.set_submodule(name, PackedEmbedding.from_float(table, config.embedding_bits))
+    if dtype is not None:
+        packed.to(dtype)
+        packed.config.dtype = dtype
+    _mark_packed(packed, config)
+    return packed.eval()
+
+
+def _check_packable(model: PreTrainedModel) -> BinarizationConfig:
+    """Refuses a model that is not binarized, or not to the end; returns its config."""
     layers = binary_layers(model)
     if not layers:
         state = "packed already" if packed_layers(model) else "not binarized; train it with StomppCallback first"
@@ -201,13 +240,17 @@ def pack(model: PreTrainedModel) -> PreTrainedModel:
             f"pack takes a fully frozen model, but the frozen fraction of this one is {fraction:.4f} ({name} has "
             f"{layer.fraction:.4f}). Train to the end of the progression."
         )
-    replaced = [tensor for layer in layers.values() for tensor in (layer.weight, layer.weight_mask)]
-    packed = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in replaced})
-    packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
-    for name, layer in layers.items():
-        packed.set_submodule(name, PackedLinear.from_binary(layer))
-    _mark_packed(packed, config)
-    return packed.eval()
+    return config
+
+
+def _tables_to_pack(model: PreTrainedModel, config: BinarizationConfig) -> dict[str, nn.Embedding]:
+    if config.embedding_bits == 32:
+        return {}
+    reasons = embedding_tables(model)
+    for name, reason in reasons.items():
+        if reason:
+            logger.warning(f"{name} stays in full precision: {reason}.")
+    return {name: model.get_submodule(name) for name, reason in reasons.items() if not reason}
 
 
 def _mark_packed(model: PreTrainedModel, config: BinarizationConfig) -> None:
@@ -222,7 +265,8 @@ def _mark_packed(model: PreTrainedModel, config: BinarizationConfig) -> None:
 def unpack(model: PreTrainedModel) -> PreTrainedModel:
     """Makes a latent, fully frozen model out of a packed one, to go on training it: the inverse of [`pack`].
 
-    The latent weights are `scale · sign`; what they were before packing is gone. To train it with everything
+    The latent weights are `scale · sign`, and embedding tables have the values they were rounded to; what they were
+    before packing is gone. To train it with everything
     frozen, set `model.config.quantization_config.progression = "none"`; another progression opens it again. Packing
     again gives the same bits, and the same scales up to float rounding. The model passed in is not changed.
 
@@ -239,6 +283,8 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in layers.items():
         key = name.removeprefix(base)
         latent.set_submodule(name, _to_binary(layer, config, key))
+    for name, table in packed_tables(model).items():
+        latent.set_submodule(name, table.to_float())
     latent.hf_quantizer.remove_quantization_config(latent)
     latent.config.quantization_config = config
     latent.config._is_quantized = False

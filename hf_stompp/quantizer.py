@@ -18,9 +18,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
-from hf_stompp.layers import PackedLinear
+from hf_stompp.layers import PackedEmbedding, PackedLinear
 from hf_stompp.packing import packed_length
-from hf_stompp.patching import binarize, binary_layers, packed_layers, replace_gelu
+from hf_stompp.patching import binarize, binary_layers, packed_layers, packed_tables, replace_gelu
+from hf_stompp.selection import embedding_tables
 
 _PACKED_TENSORS = ("weight", "bias", *PackedLinear.FULL_PRECISION)
 
@@ -55,16 +56,21 @@ class StomppHfQuantizer(HfQuantizer):
                 ignored = list(model._keys_to_ignore_on_load_missing or ())
                 model._keys_to_ignore_on_load_missing = ignored + [rf"\.{name}$" for name in _added_tensors(model)]
             return
-        names = _packed_modules(model, checkpoint_files, self.quantization_config)
+        linears, tables = _packed_modules(model, checkpoint_files, self.quantization_config)
         if self.quantization_config.replace_gelu:
-            replace_gelu(model, set(names))
-        for name, binary_input in names.items():
+            replace_gelu(model, set(linears))
+        for name, binary_input in linears.items():
             model.set_submodule(name, PackedLinear.empty(model.get_submodule(name), binary_input))
+        for name in tables:
+            table = PackedEmbedding.empty(model.get_submodule(name), self.quantization_config.embedding_bits)
+            model.set_submodule(name, table)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.quantization_config.mode == "packed":
             for name, packed in packed_layers(model).items():
                 _check_packed(name, packed)
+            for name, table in packed_tables(model).items():
+                _check_table(name, table)
             return model
         for name, layer in binary_layers(model).items():
             _fill_added(name, layer, missing_allowed=not self.pre_quantized)
@@ -109,8 +115,11 @@ def _fill_added(name: str, layer: nn.Module, missing_allowed: bool) -> None:
         tensor.fill_(value)
 
 
-def _packed_modules(model: PreTrainedModel, files: list[str] | None, config: BinarizationConfig) -> dict[str, bool]:
-    """The linears of `model` that are packed in the checkpoint, and whether their inputs are binary.
+def _packed_modules(
+    model: PreTrainedModel, files: list[str] | None, config: BinarizationConfig
+) -> tuple[dict[str, bool], list[str]]:
+    """The linears of `model` that are packed in the checkpoint, and whether their inputs are binary; and the embedding
+    tables that are packed.
 
     They are found by the checkpoint's own keys, renamed as transformers renames them, so that a backbone loads from
     the checkpoint of a model with a head and the reverse.
@@ -118,42 +127,58 @@ def _packed_modules(model: PreTrainedModel, files: list[str] | None, config: Bin
     base = "" if model.base_model is model else model.base_model_prefix + "."
     listed = {}
     for key, entry in config.modules.items():
-        name = next((n for n in (base + key, key) if _is_linear(model, n)), None)
+        name = next((n for n in (base + key, key) if _is_module(model, n, nn.Linear)), None)
         if name is not None:
             listed[name] = entry["levels"] is not None
     if not files or not all(file.endswith(".safetensors") for file in files):
-        return listed
-    found = _checkpoint_tensors(model, files)
-    missing = sorted(set(listed) - set(found))
-    if missing:
-        raise ValueError(
-            f"The packed checkpoint has no tensor {missing[0]}.weight, which its quantization_config lists: the "
-            "checkpoint is incomplete. Save or download it again."
-        )
+        packable = embedding_tables(model) if config.embedding_bits < 32 else {}
+        return listed, [name for name, reason in packable.items() if not reason]
+    present, found = _checkpoint_tensors(model, files)
+    _check_all_present(model, present, [f"{name}.weight" for name in listed if name not in found])
     for name, tensors in found.items():
-        _check_layout(name, model.get_submodule(name), tensors)
-    return {name: "activation_threshold" in tensors for name, tensors in found.items()}
+        _check_layout(name, model.get_submodule(name), tensors, config.embedding_bits)
+    tables = [name for name in found if isinstance(model.get_submodule(name), nn.Embedding)]
+    return {name: "activation_threshold" in found[name] for name in found if name not in tables}, tables
 
 
-def _is_linear(model: nn.Module, name: str) -> bool:
+def _is_module(model: nn.Module, name: str, kind: Any) -> bool:
     try:
-        return isinstance(model.get_submodule(name), nn.Linear)
+        return isinstance(model.get_submodule(name), kind)
     except AttributeError:
         return False
 
 
-def _checkpoint_tensors(model: PreTrainedModel, files: list[str]) -> dict[str, dict[str, tuple[str, list[int]]]]:
-    """Module → tensor → (dtype, shape), for the modules of `model` that are packed in the safetensors `files`."""
+def _check_all_present(model: PreTrainedModel, present: set[str], missing: list[str]) -> None:
+    """Refuses a checkpoint that lacks packed weights (`missing`) or any other parameter of the base model, which
+    transformers would make up with a warning. Heads are made up by right, and poolers, which another head has not."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    for name, _ in model.base_model.named_parameters(prefix=prefix.removesuffix(".")):
+        if name not in present and name not in tied and "pooler" not in name.split("."):
+            missing.append(name)
+    if missing:
+        raise ValueError(
+            f"The packed checkpoint has no tensor {missing[0]}: it is incomplete. Save or download it again."
+        )
+
+
+def _checkpoint_tensors(
+    model: PreTrainedModel, files: list[str]
+) -> tuple[set[str], dict[str, dict[str, tuple[str, list[int]]]]]:
+    """The names in `model` of all tensors in the safetensors `files`; and module → tensor → (dtype, shape), for the
+    modules that are packed in them."""
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     expected = model.state_dict()
+    present: set[str] = set()
     tensors: dict[str, dict[str, tuple[str, list[int]]]] = defaultdict(dict)
     for file in files:
         try:
             with safe_open(file, framework="pt") as checkpoint:
                 for key in checkpoint.keys():
                     module, _, tensor = key.rpartition(".")
+                    present.add(rename_source_key(key, renamings, converters, model.base_model_prefix, expected)[0])
                     if tensor not in _PACKED_TENSORS:
                         continue
                     # Ask where the layer's ordinary weight would have gone.
@@ -161,30 +186,44 @@ def _checkpoint_tensors(model: PreTrainedModel, files: list[str]) -> dict[str, d
                         f"{module}.weight", renamings, converters, model.base_model_prefix, expected
                     )
                     name = renamed.removesuffix(".weight")
-                    if _is_linear(model, name):
+                    if _is_module(model, name, (nn.Linear, nn.Embedding)):
                         view = checkpoint.get_slice(key)
                         tensors[name][tensor] = (view.get_dtype(), view.get_shape())
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or corrupted: {error}. Save or download it again.") from error
     packed_keys = set(PackedLinear.FULL_PRECISION)
-    return {
+    return present, {
         name: found
         for name, found in tensors.items()
         if packed_keys & set(found) or found.get("weight", ("", []))[0] == "U8"
     }
 
 
-def _check_layout(name: str, linear: nn.Linear, tensors: dict[str, tuple[str, list[int]]]) -> None:
-    """Refuses a packed layer with a missing tensor, or one of another type or shape than the format's."""
-    n, k = linear.out_features, linear.in_features
+def _layout(
+    module: nn.Linear | nn.Embedding, binary_input: bool, embedding_bits: int
+) -> dict[str, tuple[str | None, list[int]]]:
+    """Tensor → (dtype, shape) of a packed module; no dtype is any float."""
+    if isinstance(module, nn.Embedding):
+        rows, bits = module.num_embeddings, embedding_bits
+        return {"weight": ("U8", [rows, packed_length(module.embedding_dim, bits)]), "weight_scale": (None, [rows])}
+    n, k = module.out_features, module.in_features
     layout: dict[str, tuple[str | None, list[int]]] = {
         "weight": ("U8", [n, packed_length(k)]),
         "weight_scale": ("F32", [n]),
     }
-    if linear.bias is not None:
+    if module.bias is not None:
         layout["bias"] = (None, [n])
-    if {"activation_threshold", "activation_levels"} & set(tensors):
+    if binary_input:
         layout |= {"activation_threshold": ("F32", [k]), "activation_levels": ("F32", [2])}
+    return layout
+
+
+def _check_layout(
+    name: str, module: nn.Linear | nn.Embedding, tensors: dict[str, tuple[str, list[int]]], embedding_bits: int
+) -> None:
+    """Refuses a packed module with a missing tensor, or one of another type or shape than the format's."""
+    binary_input = bool({"activation_threshold", "activation_levels"} & set(tensors))
+    layout = _layout(module, binary_input, embedding_bits)
     for tensor, (dtype, shape) in layout.items():
         if tensor not in tensors:
             raise ValueError(
@@ -193,8 +232,9 @@ def _check_layout(name: str, linear: nn.Linear, tensors: dict[str, tuple[str, li
         found_dtype, found_shape = tensors[tensor]
         if found_shape != shape or (dtype is not None and found_dtype != dtype):
             raise ValueError(
-                f"{name}.{tensor} of the packed checkpoint is {found_dtype} {found_shape}, but {type(linear).__name__}"
-                f"({k} → {n}) needs {dtype or 'a float'} {shape}: the checkpoint is of another model, or corrupted."
+                f"{name}.{tensor} of the packed checkpoint is {found_dtype} {found_shape}, but the "
+                f"{type(module).__name__} of this model needs {dtype or 'a float'} {shape}: the checkpoint is of "
+                "another model, or corrupted."
             )
     unexpected = set(tensors) - set(layout)
     if unexpected:
@@ -212,7 +252,7 @@ def _check_packed(name: str, layer: PackedLinear) -> None:
         if tensor is not None and tensor.is_meta:
             return  # offloaded to disk
     bad = {
-        "weight": _padding(layer).any(),
+        "weight": _padding(layer.weight, layer.in_features).any(),
         "weight_scale": ~_all(layer.weight_scale, lambda x: x >= 0),
         "activation_threshold": layer.activation_threshold is not None
         and not layer.activation_threshold.isfinite().all(),
@@ -226,14 +266,25 @@ def _check_packed(name: str, layer: PackedLinear) -> None:
             )
 
 
+def _check_table(name: str, table: PackedEmbedding) -> None:
+    """Refuses loaded values that no packed table can have."""
+    scale = table.weight_scale
+    if scale.is_meta or table.weight.is_meta:
+        return  # offloaded to disk
+    if not scale.isfinite().all() or _padding(table.weight, table.embedding_dim * table.bits).any():
+        raise ValueError(
+            f"{name} holds values that no packed table has (a scale that is not finite, or set padding bits): the "
+            "checkpoint is corrupted. Save or download it again."
+        )
+
+
 def _all(tensor: Tensor, condition: Any) -> Tensor:
     return (tensor.isfinite() & condition(tensor)).all()
 
 
-def _padding(layer: PackedLinear) -> Tensor:
-    """The bits of the last byte of each row that stand for no weight; the format has them 0."""
-    used = layer.in_features % 8
-    return layer.weight[:, -1] >> used if used else torch.zeros(1, dtype=torch.uint8)
+def _padding(packed: Tensor, bits: int) -> Tensor:
+    """What is behind the `bits` bits of each row in its last byte; the format has zeros there."""
+    return packed[:, -1] >> bits % 8 if bits % 8 else torch.zeros(1, dtype=torch.uint8)
 
 
 def _are_levels(levels: Tensor) -> bool:

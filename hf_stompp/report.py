@@ -7,25 +7,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, PackedLinear
+from hf_stompp.layers import BinaryLinear, PackedEmbedding, PackedLinear
 from hf_stompp.packing import packed_length
 from hf_stompp.patching import frozen_fraction, packed_layers
-from hf_stompp.selection import LayerPlan, select
+from hf_stompp.selection import LayerPlan, embedding_tables, select
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One row of [`Summary`]: a linear layer, or everything else of a kind.
+    """One row of [`Summary`]: a linear layer, an embedding table, or everything else.
 
     Attributes:
-        name (`str`): Module name, or `embeddings` / `norms and others`.
-        role (`str`): Role of the layer (see [`~selection.LayerPlan`]).
+        name (`str`): Module name, or `norms and others`.
+        role (`str`): Role of the layer (see [`~selection.LayerPlan`]), or `embedding`.
         unit (`int`, *optional*): Place in the order of the progression.
-        weight_bits, input_bits (`int`): Bits of weights and inputs when fully frozen.
+        weight_bits, input_bits (`int`): Bits of weights and inputs when fully frozen and packed.
         levels (`str`): `{-s,+s}` or `{0,+s}` for 1-bit inputs, else empty.
         frozen (`float`, *optional*): Frozen fraction now.
         parameters (`int`): Parameters of the full-precision layer.
-        float_bytes, packed_bytes (`int`): Size in float32, and in the packed checkpoint.
+        float_bytes, packed_bytes (`int`): Size in float32, and in the packed checkpoint with all that is not packed in
+            the dtype of the model.
         skipped (`str`): Why it stays in full precision.
     """
 
@@ -133,11 +134,11 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
         counted |= {id(tensor) for tensor in layer.parameters()}
         rows.append(_layer_row(plan, layer, config))
     rest = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in counted}
-    embedding_ids = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)
-    }
-    rows.append(_rest_row("embeddings", (p for i, (_, p) in rest.items() if i in embedding_ids)))
-    rows.append(_rest_row("norms and others", (p for i, (_, p) in rest.items() if i not in embedding_ids)))
+    reasons = embedding_tables(model)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and rest.pop(id(module.weight), False):
+            rows.append(_table_row(name, module, config.embedding_bits, reasons.get(name, "not executed")))
+    rows.append(_rest_row("norms and others", (p for _, p in rest.values())))
     frozen = 1.0 if packed_layers(model) else frozen_fraction(model)
     return Summary(type(model).__name__, tuple(rows), frozen)
 
@@ -150,11 +151,13 @@ def _layer_row(plan: LayerPlan, layer: nn.Linear, config: BinarizationConfig) ->
     if isinstance(layer, PackedLinear) and layer.activation_levels is not None:
         unsigned = layer.activation_levels[0].item() == 0
     binary_input = binary and config.activations
-    packed_bytes = float_bytes
+    packed_bytes = sum(tensor.nbytes for tensor in layer.parameters())
     if binary and config.weights:
         # Bits, scales and bias; thresholds and two levels for binary inputs.
         bits = layer.out_features * packed_length(layer.in_features)
-        packed_bytes = bits + 4 * (layer.out_features + biases) + (4 * (layer.in_features + 2) if binary_input else 0)
+        bias_bytes = 0 if layer.bias is None else layer.bias.nbytes
+        packed_bytes = bits + bias_bytes + 4 * layer.out_features
+        packed_bytes += 4 * (layer.in_features + 2) if binary_input else 0
     frozen = layer.fraction if isinstance(layer, BinaryLinear) else 1.0 if isinstance(layer, PackedLinear) else 0.0
     return LayerSummary(
         name=plan.name,
@@ -171,6 +174,19 @@ def _layer_row(plan: LayerPlan, layer: nn.Linear, config: BinarizationConfig) ->
     )
 
 
+def _table_row(name: str, table: nn.Embedding, bits: int, reason: str) -> LayerSummary:
+    """A table's row; a packed one has bits already, whatever the config says of others."""
+    rows, entries = table.num_embeddings, table.num_embeddings * table.embedding_dim
+    packed = isinstance(table, PackedEmbedding) or (not reason and bits < 32)
+    reason = "" if packed else reason or "embedding_bits=32"
+    size = table.weight.element_size() * entries
+    if packed:
+        size = rows * packed_length(table.embedding_dim, bits) + 4 * rows
+    width = bits if packed else 32
+    return LayerSummary(name, "embedding", None, width, 32, "", None, entries, 4 * entries, size, reason)
+
+
 def _rest_row(name: str, tensors: Iterable[Tensor]) -> LayerSummary:
-    count = sum(tensor.numel() for tensor in tensors)
-    return LayerSummary(name, "", None, 32, 32, "", None, count, 4 * count, 4 * count, "never binarized")
+    tensors = list(tensors)
+    count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+    return LayerSummary(name, "", None, 32, 32, "", None, count, 4 * count, size, "never binarized")

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, PackedLinear
+from hf_stompp.layers import BinaryLinear, PackedEmbedding, PackedLinear
 
 LINEARS = (nn.Linear, BinaryLinear, PackedLinear)
+TABLES = (nn.Embedding, PackedEmbedding)
 _ACTIVATION_MODULES = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 _HALF_RECTIFIED = {
     "ReLU",
@@ -77,12 +78,13 @@ class _Call:
 
 
 class _Trace(TorchDispatchMode):
-    """The calls of the linears and activation modules, and which tensors came out of a half-rectifier."""
+    """The calls of the linears, activation modules and tables, and which tensors came out of a half-rectifier."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linears: list[_Call] = []
         self.activations: list[_Call] = []
+        self.tables: list[_Call] = []
         self.source: dict[int, Tensor] = {}
         """id of a tensor → the half-rectified tensor whose values it has."""
         self._alive: list[Any] = []
@@ -101,10 +103,11 @@ class _Trace(TorchDispatchMode):
         return out
 
     def watch(self, name: str, module: nn.Module) -> Any:
-        linear = isinstance(module, LINEARS)
+        kind = self.linears if isinstance(module, LINEARS) else self.activations
+        kind = self.tables if isinstance(module, TABLES) else kind
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            (self.linears if linear else self.activations).append(_Call(name, args[0], output))
+            kind.append(_Call(name, args[0], output))
             if isinstance(module, _HALF_RECTIFIED_MODULES):
                 self.source[id(output)] = output
 
@@ -139,7 +142,7 @@ def _trace(model: PreTrainedModel, with_head: bool = False) -> _Trace:
     skeleton = _skeleton(model)
     with ExitStack() as hooks, torch.no_grad(), _Trace() as trace:
         for name, module in skeleton.named_modules():
-            if isinstance(module, LINEARS + _ACTIVATION_MODULES):
+            if isinstance(module, LINEARS + TABLES + _ACTIVATION_MODULES):
                 hooks.callback(trace.watch(name, module).remove)
         try:
             (skeleton if with_head else skeleton.base_model)(**_example_inputs(skeleton.base_model))
@@ -159,6 +162,19 @@ def activations_feeding(model: PreTrainedModel, names: set[str]) -> list[str]:
         if call.name in names and id(call.input) in trace.source
     }
     return list(dict.fromkeys(call.name for call in trace.activations if id(call.output) in fed))
+
+
+def embedding_tables(model: PreTrainedModel) -> dict[str, str]:
+    """Every embedding table that the base model looks rows up in, and why it stays in full precision, if it must."""
+    tied = _tied(model)
+    reasons = {}
+    for call in _trace(model).tables:
+        table = model.get_submodule(call.name)
+        if type(table) not in TABLES or table.max_norm is not None:
+            reasons[call.name] = "a table with rules of its own"
+        else:
+            reasons[call.name] = _SKIPPED["tied"] if call.name in tied else ""
+    return reasons
 
 
 def _units(trace: _Trace) -> dict[str, int]:
@@ -184,7 +200,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
     tied = {name.removesuffix(".weight") for pair in declared.items() for name in pair}
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in LINEARS:
+        if type(module) in LINEARS + TABLES:
             names[id(module.weight)].append(name)
     return tied.union(*(sharing for sharing in names.values() if len(sharing) > 1))
 

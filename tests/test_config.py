@@ -32,6 +32,7 @@ NOT_DEFAULT = {
     "learn_activation_shift": False,
     "replace_gelu": True,
     "pooler": True,
+    "embedding_bits": 8,
     "include": ["a.*", "b"],
     "exclude": ["*.query"],
     "mask_seed": 17,
@@ -40,7 +41,7 @@ NOT_DEFAULT = {
 INIT_FIELDS = [item.name for item in dataclasses.fields(BinarizationConfig) if item.init]
 STRINGS = ["mode", "surrogate", "progression", "order", "curve", "scale", "activation_levels"]
 FLOATS = ["overlap", "progression_start", "progression_end", "refresh", "clip"]
-INTS = ["refresh_interval", "mask_seed", "format_version"]
+INTS = ["refresh_interval", "mask_seed", "format_version", "embedding_bits"]
 LISTS = ["include", "exclude"]
 BOOLS = ["weights", "activations", "learn_activation_scale", "learn_activation_shift", "replace_gelu", "pooler"]
 WRONG_TYPES = [
@@ -65,6 +66,7 @@ WRONG_VALUES = [
     ("clip", -1.0),
     ("clip", -math.inf),
     ("mask_seed", -1),
+    ("embedding_bits", 2),
     ("format_version", 0),
     *((name, math.nan) for name in FLOATS),
     *((name, math.inf) for name in FLOATS if name != "clip"),

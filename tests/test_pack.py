@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from hf_stompp import BinarizationConfig, binarize, calibrate, pack, unpack
+from hf_stompp import BinarizationConfig, binarize, calibrate, pack, summary, unpack
 from hf_stompp.layers import BinaryLinear, PackedLinear
-from hf_stompp.patching import binary_layers, packed_layers
+from hf_stompp.patching import binary_layers, packed_layers, packed_tables
 
 VARIANTS = {
     "w1a1": BinarizationConfig(),
@@ -183,3 +183,56 @@ def test_real_minilm(minilm: str, tiny_batch: Callable) -> None:
     batch = tiny_batch()
     latent = frozen_model(model, batch, BinarizationConfig(replace_gelu=True))
     torch.testing.assert_close(pack(latent)(**batch).logits, latent(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 1])
+def test_embedding_tables_of_few_bits(
+    bits: int, architecture: str, tiny_model: Callable, tiny_batch: Callable
+) -> None:
+    batch = tiny_batch()
+    latent = frozen_model(tiny_model(architecture), batch, BinarizationConfig())
+    packed = pack(latent, embedding_bits=bits)
+    tables = packed_tables(packed)
+    assert tables and all(table.bits == bits for table in tables.values())
+    assert packed.config.quantization_config.embedding_bits == bits
+    assert latent.config.quantization_config.embedding_bits == 32
+    # The same as a latent model whose tables have been rounded.
+    rounded = copy.deepcopy(latent)
+    for name, table in tables.items():
+        rounded.get_submodule(name).weight.data.copy_(table.to_float().weight)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(**batch).logits, rounded(**batch).logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(unpack(packed)(**batch).logits, packed(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_config_says_how_many_bits_a_table_gets(tiny_model: Callable, tiny_batch: Callable) -> None:
+    latent = frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig(embedding_bits=4))
+    assert {table.bits for table in packed_tables(pack(latent)).values()} == {4}
+    assert not packed_tables(pack(latent, embedding_bits=32))
+    with pytest.raises(ValueError, match=r"embedding_bits is 3; allowed: .*32, 16, 8, 4, 1"):
+        pack(latent, embedding_bits=3)
+
+
+def test_a_table_tied_to_the_output_layer_stays(tiny_model: Callable, tiny_batch: Callable) -> None:
+    latent = frozen_model(tiny_model("bert", "MaskedLM"), tiny_batch(), BinarizationConfig())
+    packed = pack(latent, embedding_bits=8)
+    assert set(packed_tables(packed)) == {
+        "bert.embeddings.position_embeddings",
+        "bert.embeddings.token_type_embeddings",
+    }
+    rows = {row.name: row for row in summary(packed).rows}
+    assert "tied" in rows["cls.predictions.decoder"].skipped and rows["cls.predictions.decoder"].weight_bits == 32
+
+
+def test_the_rest_in_half_precision(tiny_model: Callable, tiny_batch: Callable) -> None:
+    latent = frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig())
+    half = pack(latent, embedding_bits=8, dtype=torch.bfloat16)
+    full = pack(latent, embedding_bits=8)
+    assert half.dtype == torch.bfloat16 and full.dtype == torch.float32 == latent.dtype
+    for name, layer in packed_layers(full).items():
+        other = half.get_submodule(name)
+        for tensor in ("weight", "weight_scale", "activation_threshold", "activation_levels"):
+            assert torch.equal(getattr(layer, tensor), getattr(other, tensor))
+        assert other.bias.dtype == torch.bfloat16
+    logits, expected = half(**tiny_batch()).logits, full(**tiny_batch()).logits
+    assert logits.dtype == torch.bfloat16 and logits.isfinite().all() and not torch.equal(logits.float(), expected)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hf_stompp.packing import pack_signs, packed_length, unpack_signs
+from hf_stompp.packing import pack_codes, pack_signs, packed_length, quantize_rows, unpack_codes, unpack_signs
 
 WEIGHTS = hnp.arrays(
     np.float32,
@@ -62,3 +62,48 @@ def test_packs_any_float_and_any_memory_layout(dtype: torch.dtype) -> None:
     assert not weight.is_contiguous()
     expected = np.packbits(weight.double().numpy() >= 0, axis=-1, bitorder="little")
     assert np.array_equal(pack_signs(weight).numpy(), expected)
+
+
+@given(data=st.data(), bits=st.sampled_from([1, 4, 8, 16]))
+def test_codes_are_packed_without_gaps_least_significant_bit_first(data: st.DataObject, bits: int) -> None:
+    shape = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=19)
+    codes = data.draw(hnp.arrays(np.int32, shape, elements=st.integers(0, 2**bits - 1)))
+    packed = pack_codes(torch.from_numpy(codes), bits)
+    assert packed.dtype == torch.uint8 and packed.shape[-1] == packed_length(codes.shape[-1], bits)
+    for row, expected in zip(
+        packed.reshape(-1, packed.shape[-1]).numpy(), codes.reshape(-1, codes.shape[-1]), strict=True
+    ):
+        number = int.from_bytes(row.tobytes(), "little")
+        assert number == sum(int(code) << bits * k for k, code in enumerate(expected))
+    assert np.array_equal(unpack_codes(packed, codes.shape[-1], bits).numpy(), codes)
+
+
+def values(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> np.ndarray:
+    return scale.double().numpy()[:, None] * (2 * codes.double().numpy() - 2**bits + 1)
+
+
+def test_one_bit_rows_are_sign_and_mean_magnitude() -> None:
+    weight = torch.tensor([[0.5, -1.5, 0.0, -0.0], [0.0, 0.0, 0.0, 0.0], [1e-20, -2e-20, 3e-20, 4e-20]])
+    codes, scale = quantize_rows(weight, bits=1)
+    assert codes.tolist() == [[1, 0, 1, 1], [1, 1, 1, 1], [1, 0, 1, 1]]
+    torch.testing.assert_close(scale, torch.tensor([0.5, 0.0, 2.5e-20]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(1, 1.001), (4, 1.15), (8, 1.4), (16, 1.4)])
+def test_rows_are_nearly_as_close_as_the_best_scale_makes_them(bits: int, tolerance: float) -> None:
+    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(bits)) * torch.logspace(-4, 3, 5)[:, None]
+    error = ((values(*quantize_rows(weight, bits), bits) - weight.double().numpy()) ** 2).sum(axis=1)
+    top, w = 2**bits - 1, weight.double().numpy()
+    best = np.full(5, np.inf)
+    for share in np.linspace(0.02, 1.1, 1000):  # brute force over the scale
+        step = share * np.abs(w).max(axis=1, keepdims=True) / top
+        codes = np.clip(np.floor(w / (2 * step) + 2 ** (bits - 1)), 0, top)
+        best = np.minimum(best, ((step * (2 * codes - top) - w) ** 2).sum(axis=1))
+    assert (error <= tolerance * best).all(), error / best
+
+
+def test_the_scale_is_the_least_squares_one_for_its_codes() -> None:
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
+    codes, scale = quantize_rows(weight, bits=4)
+    levels, w = 2 * codes.double().numpy() - 15, weight.double().numpy()
+    np.testing.assert_allclose(scale.numpy(), (w * levels).sum(1) / (levels**2).sum(1), rtol=1e-5)

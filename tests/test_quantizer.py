@@ -37,13 +37,18 @@ def packed_folder(tiny_model: Callable, tiny_batch: Callable, tmp_path: Path) ->
 
 
 def save_packed(
-    model: PreTrainedModel, batch: dict, folder: Path, config: BinarizationConfig | None = None, **kwargs
+    model: PreTrainedModel,
+    batch: dict,
+    folder: Path,
+    config: BinarizationConfig | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs,
 ) -> PreTrainedModel:
     binarize(model, config)
     calibrate(model, batch)
     for layer in binary_layers(model).values():
         layer.set_frozen(1.0, step=3)
-    packed = pack(model)
+    packed = pack(model, dtype=dtype)
     packed.save_pretrained(folder, **kwargs)
     return packed
 
@@ -114,6 +119,46 @@ def test_packed_checkpoint_round_trip_is_byte_identical(
     assert files == ["config.json", "model.safetensors"]
     assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)[0] == files
     torch.testing.assert_close(again(**batch).logits, packed(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [16, 8, 4, 1])
+def test_small_embeddings_make_the_round_trip(
+    bits: int, dtype: torch.dtype | None, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+) -> None:
+    config = BinarizationConfig(embedding_bits=bits)
+    packed = save_packed(tiny_model("bert"), tiny_batch(), tmp_path / "a", config, dtype)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
+    assert again.dtype == (dtype or torch.float32)
+    assert_same_tensors(packed, again)
+    again.save_pretrained(tmp_path / "b")
+    for file in ("config.json", "model.safetensors"):
+        assert filecmp.cmp(tmp_path / "a" / file, tmp_path / "b" / file, shallow=False)
+    full = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert full(**tiny_batch()).logits.dtype == torch.float32
+    assert_same_tensors(AutoModel.from_pretrained(tmp_path / "a"), again.bert)
+
+
+TABLE = "bert.embeddings.word_embeddings"
+BROKEN_TABLES = {
+    "no-scale": lambda t: t.pop(f"{TABLE}.weight_scale"),
+    "no-weight": lambda t: t.pop(f"{TABLE}.weight"),
+    "neither": lambda t: [t.pop(f"{TABLE}.weight_scale"), t.pop(f"{TABLE}.weight")],
+    "short-scale": lambda t: t.update({f"{TABLE}.weight_scale": torch.ones(59)}),
+    "nan-scale": lambda t: t[f"{TABLE}.weight_scale"].fill_(float("nan")),
+    "other-bits": lambda t: t.update({f"{TABLE}.weight": torch.zeros(60, 32, dtype=torch.uint8)}),
+    "norm": lambda t: t.pop("bert.embeddings.LayerNorm.weight"),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_TABLES.values(), ids=BROKEN_TABLES)
+def test_broken_tables_are_refused_by_name(
+    change: Callable, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+) -> None:
+    save_packed(tiny_model("bert"), tiny_batch(), tmp_path, BinarizationConfig(embedding_bits=4))
+    change_tensors(tmp_path, change)
+    with pytest.raises(ValueError, match=r"embeddings\.(word_embeddings|LayerNorm\.weight)"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

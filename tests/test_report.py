@@ -23,11 +23,15 @@ def test_counts_of_a_bert(tiny_model: Callable) -> None:
     assert rows["bert.encoder.layer.0.attention.self.query"].levels == "{-s,+s}"
     assert rows["classifier"].skipped == "outside the base model" and rows["classifier"].weight_bits == 32
     assert rows["bert.pooler.dense"].skipped == "pooler=False"
-    assert rows["embeddings"].parameters == 32 * (60 + 40 + 2)
+    tables = {"word": 60, "position": 40, "token_type": 2}
+    for name, entries in tables.items():
+        row = rows[f"bert.embeddings.{name}_embeddings"]
+        assert (row.role, row.parameters, row.packed_bytes) == ("embedding", 32 * entries, 4 * 32 * entries)
 
 
-def test_it_is_the_same_before_during_and_after(tiny_model: Callable, tmp_path: Path) -> None:
-    config = BinarizationConfig(exclude=["*.query"], pooler=True)
+@pytest.mark.parametrize("embedding_bits", [32, 8, 1])
+def test_it_is_the_same_before_during_and_after(embedding_bits: int, tiny_model: Callable, tmp_path: Path) -> None:
+    config = BinarizationConfig(exclude=["*.query"], pooler=True, embedding_bits=embedding_bits)
     before = summary(tiny_model("bert"), config)
     model = binarize(tiny_model("bert"), config)
     for layer in binary_layers(model).values():

@@ -1,0 +1,73 @@
+"""The packed table against numpy, and what it costs in memory."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_stompp.layers import PackedEmbedding
+
+BITS = [1, 4, 8, 16]
+
+
+def table(rows: int = 50, size: int = 21) -> nn.Embedding:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Embedding(rows, size, padding_idx=3)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_rows_are_decoded_from_the_bytes(bits: int) -> None:
+    packed = PackedEmbedding.from_float(table(), bits)
+    ids = torch.tensor([[0, 49, 7], [3, 3, 12]])
+    expected = np.empty((2, 3, 21))
+    for place, token in np.ndenumerate(ids.numpy()):
+        number = int.from_bytes(packed.weight[token].numpy().tobytes(), "little")
+        codes = [number >> bits * k & (1 << bits) - 1 for k in range(21)]
+        expected[place] = packed.weight_scale[token].item() * (2 * np.array(codes) - 2**bits + 1)
+    np.testing.assert_allclose(packed(ids).numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(packed.to_float()(ids).detach().numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "error"), [(1, 0.65), (4, 0.12), (8, 0.008), (16, 3e-5)])
+def test_more_bits_are_closer(bits: int, error: float) -> None:
+    weight = table(200, 64).weight.detach()
+    packed = PackedEmbedding.from_float(table(200, 64), bits)
+    rows = packed(torch.arange(200))
+    rows[3], weight[3] = 0, 0
+    assert (rows - weight).norm() / weight.norm() < error
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_padding_row_stays_zero(bits: int) -> None:
+    assert not PackedEmbedding.from_float(table(), bits)(torch.tensor([3])).any()
+
+
+class Largest(TorchDispatchMode):
+    """The most bytes that one tensor had which an operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.bytes = max(self.bytes, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_table_is_never_unpacked(bits: int) -> None:
+    packed = PackedEmbedding.from_float(table(5000, 64), bits)
+    with Largest() as largest:
+        packed(torch.tensor([[1, 4999]]))
+    assert largest.bytes <= 2 * 64 * 16  # two rows, in int64 at most
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_output_has_the_dtype_of_the_model(bits: int) -> None:
+    packed = PackedEmbedding.from_float(table(), bits).to(torch.bfloat16)
+    assert packed.weight.dtype == torch.uint8 and packed(torch.tensor([1])).dtype == torch.bfloat16
+    assert f"weight_bits={bits}" in repr(packed)
