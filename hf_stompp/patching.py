@@ -208,20 +208,27 @@ def pack(
     config = _check_packable(model)
     if embedding_bits is not None:
         config = BinarizationConfig.from_dict(config.to_dict() | {"embedding_bits": embedding_bits})
-    tables = _tables_to_pack(model, config)
+    tables = tables_to_pack(model, config)
     replaced = [tensor for layer in layers.values() for tensor in (layer.weight, layer.weight_mask)]
     replaced += [table.weight for table in tables.values()]
     packed = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in replaced})
     packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
-    for name, layer in layers.items():
-        packed.set_submodule(name, PackedLinear.from_binary(layer))
-    for name, table in tables.items():
-        packed.set_submodule(name, PackedEmbedding.from_float(table, config.embedding_bits))
+    pack_modules(packed, layers, tables, config.embedding_bits)
     if dtype is not None:
         packed.to(dtype)
         packed.config.dtype = dtype
     _mark_packed(packed, config)
     return packed.eval()
+
+
+def pack_modules(
+    model: PreTrainedModel, layers: Mapping[str, BinaryLinear], tables: Mapping[str, nn.Embedding], embedding_bits: int
+) -> None:
+    """Puts the packed modules in the place of `layers`, which are taken as frozen, and of `tables`."""
+    for name, layer in layers.items():
+        model.set_submodule(name, PackedLinear.from_binary(layer))
+    for name, table in tables.items():
+        model.set_submodule(name, PackedEmbedding.from_float(table, embedding_bits))
 
 
 def _check_packable(model: PreTrainedModel) -> BinarizationConfig:
@@ -243,7 +250,8 @@ def _check_packable(model: PreTrainedModel) -> BinarizationConfig:
     return config
 
 
-def _tables_to_pack(model: PreTrainedModel, config: BinarizationConfig) -> dict[str, nn.Embedding]:
+def tables_to_pack(model: PreTrainedModel, config: BinarizationConfig) -> dict[str, nn.Embedding]:
+    """The embedding tables that get `config.embedding_bits`; says which do not, and why."""
     if config.embedding_bits == 32:
         return {}
     reasons = embedding_tables(model)

@@ -16,18 +16,30 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
-from hf_stompp.layers import PackedEmbedding, PackedLinear
+from hf_stompp.layers import BinaryInputLinear, PackedEmbedding, PackedLinear
 from hf_stompp.packing import packed_length
-from hf_stompp.patching import binarize, binary_layers, packed_layers, packed_tables, replace_gelu
+from hf_stompp.patching import (
+    binarize,
+    binary_layers,
+    pack_modules,
+    packed_layers,
+    packed_tables,
+    replace_gelu,
+    tables_to_pack,
+)
 from hf_stompp.selection import embedding_tables
+
+logger = logging.get_logger(__name__)
 
 _PACKED_TENSORS = ("weight", "bias", *PackedLinear.FULL_PRECISION)
 
 
 class StomppHfQuantizer(HfQuantizer):
-    """Loads full-precision and latent checkpoints for training (`mode="train"`) and packed ones (`mode="packed"`).
+    """Loads full-precision and latent checkpoints for training (`mode="train"`) and packed ones (`mode="packed"`); a
+    full-precision one asked for with `mode="packed"` is binarized after training, at a heavy price in accuracy.
 
     A model in training is an ordinary model: the quantizer patches it before its weights are loaded and then lets go
     of it, leaving only `config.quantization_config`, by which its checkpoints are patched again when reloaded.
@@ -36,16 +48,21 @@ class StomppHfQuantizer(HfQuantizer):
     quantization_config: BinarizationConfig
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if self.quantization_config.mode == "packed" and not self.pre_quantized:
+        if self._packs_while_loading and self.quantization_config.activations:
             raise ValueError(
-                'BinarizationConfig(mode="packed") is what pack() writes; it cannot be asked for on a full-precision '
-                'checkpoint. Load with mode="train", train with StomppCallback, and call pack().'
+                'BinarizationConfig(mode="packed") on a full-precision checkpoint binarizes the weights alone: the '
+                'scales of binary activations come from data. Set activations=False, or load with mode="train", '
+                "train with StomppCallback, and call pack()."
             )
+
+    @property
+    def _packs_while_loading(self) -> bool:
+        return self.quantization_config.mode == "packed" and not self.pre_quantized
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if self.quantization_config.mode == "train":
+        if self.quantization_config.mode == "train" or self._packs_while_loading:
             binarize(model, self.quantization_config)
             self.quantization_config = model.config.quantization_config
             # A latent step is smaller than half precision resolves.
@@ -66,7 +83,7 @@ class StomppHfQuantizer(HfQuantizer):
             model.set_submodule(name, table)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self.quantization_config.mode == "packed":
+        if self.quantization_config.mode == "packed" and self.pre_quantized:
             for name, packed in packed_layers(model).items():
                 _check_packed(name, packed)
             for name, table in packed_tables(model).items():
@@ -75,12 +92,28 @@ class StomppHfQuantizer(HfQuantizer):
         for name, layer in binary_layers(model).items():
             _fill_added(name, layer, missing_allowed=not self.pre_quantized)
             layer.load_masks()
+        if self._packs_while_loading:
+            config = self.quantization_config
+            pack_modules(model, binary_layers(model), tables_to_pack(model, config), config.embedding_bits)
+            logger.warning(
+                f"{type(model).__name__} was binarized without training: expect its accuracy to be near chance. Train "
+                "it with StomppCallback (README) for a 1-bit model of use."
+            )
+            return model
         self.remove_quantization_config(model)
         model.config.quantization_config = self.quantization_config
         model.config._is_quantized = False
         # Without this, save_pretrained writes the key names of the original checkpoint, which the Trainer's raw
         # load_state_dict silently does not match on resuming (transformers issue 48805).
         model._weight_conversions = []
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        for name, layer in packed_layers(model).items():
+            binary_input = layer.activation_threshold is not None
+            model.set_submodule(name, BinaryInputLinear.from_packed(layer) if binary_input else layer.to_float())
+        for name, table in packed_tables(model).items():
+            model.set_submodule(name, table.to_float())
         return model
 
     def is_serializable(self) -> bool:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack
-from hf_stompp.patching import binary_layers, packed_layers
+from hf_stompp.patching import binary_layers, packed_layers, packed_tables
 from hf_stompp.quantizer import register
 
 
@@ -282,9 +283,53 @@ def test_a_latent_checkpoint_without_its_state_is_refused(tiny_model: Callable, 
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_packing_while_loading_is_refused(float_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r'mode="packed".*pack\(\)'):
+def test_binary_activations_cannot_be_packed_while_loading(float_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r'mode="packed".*activations=False.*pack\(\)'):
         AutoModel.from_pretrained(float_folder, quantization_config=BinarizationConfig(mode="packed"))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_weights_are_packed_while_loading(bits: int, float_folder: Path, tiny_batch: Callable, tmp_path: Path) -> None:
+    config = BinarizationConfig(mode="packed", activations=False, embedding_bits=bits)
+    model = AutoModelForSequenceClassification.from_pretrained(float_folder, quantization_config=config)
+    trained = AutoModelForSequenceClassification.from_pretrained(
+        float_folder, quantization_config=BinarizationConfig(activations=False, embedding_bits=bits)
+    )
+    for layer in binary_layers(trained).values():
+        layer.set_frozen(1.0, step=1)
+    assert_same_tensors(model, pack(trained))
+    assert dict(model.config.quantization_config) == dict(pack(trained).config.quantization_config)
+    model.save_pretrained(tmp_path / "packed")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+    assert_same_tensors(model, again)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BinarizationConfig(replace_gelu=True, embedding_bits=4), BinarizationConfig(activations=False)],
+    ids=["w1a1", "w1a32"],
+)
+def test_dequantized_is_the_same_model_and_exports_to_onnx(
+    config: BinarizationConfig, architecture: str, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+) -> None:
+    batch = tiny_batch()
+    save_packed(tiny_model(architecture), batch, tmp_path, config)
+    packed = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    floats = AutoModelForSequenceClassification.from_pretrained(tmp_path).dequantize()
+    assert not packed_layers(floats) and not packed_tables(floats)
+    assert not floats.is_quantized and "quantization_config" not in floats.config.to_dict()
+    with torch.no_grad():
+        expected = packed(**batch).logits
+        torch.testing.assert_close(floats(**batch).logits, expected, rtol=1e-6, atol=1e-7)
+    if architecture != "bert":
+        return
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    file = str(tmp_path / "model.onnx")
+    torch.onnx.export(floats, (), file, kwargs=dict(batch), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {name: tensor.numpy() for name, tensor in batch.items()})
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_trainer_refuses_to_train_a_packed_model(packed_folder: Path, tmp_path: Path) -> None:

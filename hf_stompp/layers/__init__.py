@@ -1,7 +1,7 @@
-"""Layers: latent (`BinaryLinear`), packed (`PackedLinear`, `PackedEmbedding`)."""
+"""Layers: latent (`BinaryLinear`), packed (`PackedLinear`, `PackedEmbedding`), dequantized (`BinaryInputLinear`)."""
 
 from hf_stompp.layers.binary import BinaryLinear
 from hf_stompp.layers.embedding import PackedEmbedding
-from hf_stompp.layers.packed import PackedLinear
+from hf_stompp.layers.packed import BinaryInputLinear, PackedLinear
 
-__all__ = ["BinaryLinear", "PackedEmbedding", "PackedLinear"]
+__all__ = ["BinaryInputLinear", "BinaryLinear", "PackedEmbedding", "PackedLinear"]

@@ -1,4 +1,4 @@
-"""The packed layer: one bit a weight, a scale for each output, and no latent weights."""
+"""The packed layer: one bit a weight, a scale for each output, and no latent weights; and its float counterpart."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,12 @@ from typing_extensions import Self
 from hf_stompp.functional import activation_threshold, weight_scale
 from hf_stompp.layers.binary import BinaryLinear
 from hf_stompp.packing import pack_signs, packed_length, unpack_signs
+
+
+def _binary_input(input: Tensor, threshold: Tensor, levels: Tensor) -> Tensor:
+    """The upper level where an input is at or above its threshold, else the lower, in the dtype of the input."""
+    low, high = levels.unbind()
+    return torch.where(input >= threshold, high, low).to(input.dtype)
 
 
 class PackedLinear(nn.Linear):
@@ -81,8 +87,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.dequantized_weight().to(input.dtype)
         if self.activation_threshold is not None and self.activation_levels is not None:
-            low, high = self.activation_levels.unbind()
-            input = torch.where(input >= self.activation_threshold, high, low).to(input.dtype)
+            input = _binary_input(input, self.activation_threshold, self.activation_levels)
         return nn.functional.linear(input, weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -96,3 +101,31 @@ class PackedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits=1, input_bits={32 if self.activation_threshold is None else 1}"
+
+
+class BinaryInputLinear(nn.Linear):
+    """What `dequantize()` makes of a [`PackedLinear`] with binary inputs: the same outputs from a float weight.
+
+    A plain `nn.Linear` would see the inputs that the packed layer does not: it would be another model. All it takes is
+    a comparison and a selection, which every exporter knows.
+    """
+
+    activation_threshold: Tensor
+    activation_levels: Tensor
+
+    @classmethod
+    def from_packed(cls, layer: PackedLinear) -> Self:
+        assert layer.activation_threshold is not None and layer.activation_levels is not None
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.in_features, linear.out_features = layer.in_features, layer.out_features
+        linear.train(layer.training)
+        linear.weight = nn.Parameter(layer.dequantized_weight())
+        linear.register_parameter("bias", layer.bias)
+        linear.register_buffer("activation_threshold", layer.activation_threshold)
+        linear.register_buffer("activation_levels", layer.activation_levels)
+        return linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = _binary_input(input, self.activation_threshold, self.activation_levels)
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
