@@ -6,10 +6,21 @@ packed checkpoints.
 
 from hf_stompp.callback import StomppCallback
 from hf_stompp.config import BinarizationConfig
+from hf_stompp.hub import model_card, push
 from hf_stompp.patching import binarize, calibrate, pack, unpack
 from hf_stompp.quantizer import register
 from hf_stompp.report import summary
 
 register()
 
-__all__ = ["BinarizationConfig", "StomppCallback", "binarize", "calibrate", "pack", "summary", "unpack"]
+__all__ = [
+    "BinarizationConfig",
+    "StomppCallback",
+    "binarize",
+    "calibrate",
+    "model_card",
+    "pack",
+    "push",
+    "summary",
+    "unpack",
+]

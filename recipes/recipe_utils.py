@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from datasets import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_stompp import BinarizationConfig, pack
+from hf_stompp import BinarizationConfig, model_card, pack
 
 
 def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, ...]:
@@ -196,6 +197,13 @@ def report(results: dict[str, Any], folder: Path) -> None:
     """Write `results.json` and print its rows."""
     write_json(folder / "results.json", results)
     print(format_table(results["rows"]))
+
+
+def write_card(folder: Path, results: dict[str, Any], dataset: str | None, command: Sequence[str]) -> None:
+    """Write the model card of a packed model that was made by `python command …`; local paths are left out of it."""
+    words = [f"path/to/{Path(word).name}" if Path(word).is_absolute() else word for word in command]
+    card = model_card(folder, results=results, dataset=dataset, command=shlex.join(["python", *words]))
+    card.save(folder / "README.md")
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -32,9 +32,18 @@ from transformers import (
 )
 
 import synthetic
-from glue_tasks import Task, get_task, load_task
+from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
-from recipe_utils import bucket_by_length, describe, pack_and_reload, parse_recipe, report, result_row, train
+from recipe_utils import (
+    bucket_by_length,
+    describe,
+    pack_and_reload,
+    parse_recipe,
+    report,
+    result_row,
+    train,
+    write_card,
+)
 
 
 @dataclass
@@ -69,8 +78,8 @@ class RecipeArguments:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the recipe; returns what it writes to `results.json`."""
-    types = (RecipeArguments, BinarizationConfig, TrainingArguments)
-    recipe, config, args = parse_recipe(sys.argv[1:] if argv is None else argv, types)
+    argv = sys.argv[1:] if argv is None else argv
+    recipe, config, args = parse_recipe(argv, (RecipeArguments, BinarizationConfig, TrainingArguments))
     check(recipe, args)
     set_seed(args.seed)
     with args.main_process_first(desc="data"):
@@ -107,6 +116,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = {**describe(recipe, config if recipe.binarize else None, args), **training, "rows": rows}
     if trainer.is_world_process_zero():
         report(results, Path(args.output_dir))
+        if len(rows) == 2:
+            dataset = None if recipe.task_name == "synthetic" else HUB_ID
+            write_card(folder, results, dataset, ["recipes/run_glue.py", *argv])
         if recipe.task_name == "synthetic":
             print(synthetic.EXAMPLE, pipeline("text-classification", model=str(folder))(synthetic.EXAMPLE))
     return results

@@ -14,9 +14,17 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
-from hf_stompp import BinarizationConfig, StomppCallback, binarize
+from hf_stompp import BinarizationConfig, StomppCallback, binarize, pack
 from hf_stompp.patching import binary_layers
 
 settings.register_profile("hf_stompp", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -90,6 +98,28 @@ def tiny_batch() -> Callable[..., dict[str, torch.Tensor]]:
         return {"input_ids": ids * mask, "attention_mask": mask}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def frozen_bert(tiny_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
+    """A latent, fully frozen BERT of one block, which no test may change."""
+    model = binarize(tiny_model("bert", num_hidden_layers=1), BinarizationConfig())
+    for layer in binary_layers(model).values():
+        layer.set_frozen(1.0, step=1)
+    return model
+
+
+@pytest.fixture
+def packed_folder(frozen_bert: PreTrainedModel, tmp_path: Path) -> Path:
+    """The folder of its packed copy, with a tokenizer of a few words."""
+    words = {word: code for code, word in enumerate(["[PAD]", "[UNK]", "this", "is", "an", "example", "."])}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="[PAD]", unk_token="[UNK]")
+    folder = tmp_path / "packed"
+    pack(frozen_bert).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

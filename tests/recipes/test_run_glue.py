@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -56,6 +57,13 @@ def test_binarized_run(
     assert model.config.id2label == {0: "negative", 1: "positive"}
     assert model.config.hidden_dropout_prob == model.config.attention_probs_dropout_prob == 0.25
     assert AutoTokenizer.from_pretrained(tmp_path / "out" / "packed")("soup")["input_ids"]
+
+    card = ModelCard.load(tmp_path / "out" / "packed" / "README.md")
+    (score,) = card.data.eval_results
+    assert (score.dataset_type, score.dataset_config, score.dataset_split) == ("nyu-mll/glue", "sst2", "validation")
+    assert (score.metric_value, score.metric_args) == (packed["accuracy"], {"seed": 5, "mask_seed": 6})
+    assert "python recipes/run_glue.py --task_name sst2 --dataset_dir path/to/data" in card.content
+    assert str(tmp_path) not in card.content
 
     printed = capsys.readouterr().out
     assert "parameters are 1-bit when frozen" in printed

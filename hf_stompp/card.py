@@ -1,0 +1,316 @@
+"""`model_card`: what a reader of the Hub must know of a binarized model, from the model itself and its results."""
+
+import dataclasses
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from hf_stompp.checkpoint import check_kind, load_complete
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.report import LayerSummary, Summary, summary
+
+UNNAMED = "your-name/your-model"
+"""Stands for the repository in a card that is written before there is one; `push` puts the real id in its place."""
+
+_OWN = ""  # the name of the run that made the checkpoint, among the runs of a card
+_PAPERS = ("2601.22660", "2606.27759")
+_TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "ForQuestionAnswering": "question-answering",
+    "ForMultipleChoice": "multiple-choice",
+}
+# What the recipes report → its id on the Hub.
+_METRICS = {
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "matthews_correlation": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearmanr": "spearmanr",
+}
+_METHODS = {
+    "layerwise": "layer by layer under stochastic masks (StoMPP)",
+    "global": "in all layers together under stochastic masks (global progressive freezing)",
+    "none": "in all layers at once (the straight-through baseline, not StoMPP)",
+}
+
+
+def model_card(
+    model_or_folder: PreTrainedModel | str | os.PathLike[str],
+    *,
+    results: Mapping[str, Any] | None = None,
+    compared: Mapping[str, Mapping[str, Any]] | None = None,
+    repo_id: str = UNNAMED,
+    base_model: str | None = None,
+    dataset: str | None = None,
+    split: str = "validation",
+    command: str | None = None,
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """Writes the card of a packed (or latent) model: bits per part, bytes, scores, how it was made, how to use it.
+
+    The bits and bytes are read off the model, the scores out of what the recipes write to `results.json`; nothing is
+    stated that was not given. The scores are in the metadata too, as structured evaluation results.
+
+    Args:
+        model_or_folder (`PreTrainedModel`, `str` or `Path`): The model, or the folder it was saved in; of a folder the
+            card also knows the size of the files and whether there is a tokenizer.
+        results (`Mapping`, *optional*): `results.json` of the run that made this checkpoint.
+        compared (`Mapping`, *optional*): Name → `results.json` of runs to show beside it, as
+            `{"full precision": …, "STE baseline": …}`.
+        repo_id (`str`, *optional*): The repository it is for; without it, `push` fills it in.
+        base_model (`str`, *optional*): Hub id of the pretrained model; without it what the results name, if that is
+            a Hub id and no local folder.
+        dataset (`str`, *optional*): Hub id of the data; its config is the task of the results.
+        split (`str`, *optional*, defaults to `"validation"`): What the results were scored on.
+        command (`str`, *optional*): The training command.
+        license (`str`, *optional*, defaults to `"apache-2.0"`): A license id of the Hub.
+
+    Returns:
+        `huggingface_hub.ModelCard`: `card.save("folder/README.md")` writes it.
+
+    Raises:
+        ValueError: The model is not binarized, or the results are of another config, task or kind of model.
+
+    Example:
+
+        >>> card = model_card("out/sst2/packed", results=json.load(open("out/sst2/results.json")))  # doctest: +SKIP
+        >>> card.save("out/sst2/packed/README.md")  # doctest: +SKIP
+    """
+    if isinstance(model_or_folder, PreTrainedModel):
+        model, folder = model_or_folder, None
+        check_kind(getattr(model.config, "quantization_config", None), type(model).__name__, latent=True)
+    else:
+        model, folder = load_complete(model_or_folder, latent=True), Path(model_or_folder)
+    runs = {_OWN: results, **(compared or {})} if results is not None else {}
+    for name, run in runs.items():
+        _check_run(name, run, runs[_OWN], model.config.quantization_config)
+    recipe = (results or {}).get("recipe", {})
+    data = Scored(dataset or recipe.get("task_name"), recipe.get("task_name") if dataset else None, split)
+    base_model = base_model or _hub_id(recipe.get("model_name_or_path"))
+    return render(model, folder, runs, data, repo_id=repo_id, base_model=base_model, command=command, license=license)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What was scored: `name` is the Hub id of the data, or what the recipe calls it."""
+
+    name: str | None = None
+    config: str | None = None
+    split: str = "validation"
+
+    def __str__(self) -> str:
+        return f"`{self.name}`" + (f" (`{self.config}`)" if self.config else "")
+
+
+def render(
+    model: PreTrainedModel,
+    folder: Path | None,
+    runs: Mapping[str, Mapping[str, Any]],
+    data: Scored,
+    *,
+    repo_id: str = UNNAMED,
+    base_model: str | None = None,
+    command: str | None = None,
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """Fills in the template for a loaded model; `runs` has its own results under "", and those beside it by name."""
+    config: BinarizationConfig = model.config.quantization_config
+    table = summary(model)
+    own = runs.get(_OWN)
+    task = next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), "feature-extraction")
+    return ModelCard.from_template(
+        ModelCardData(
+            base_model=base_model,
+            base_model_relation="quantized" if base_model else None,
+            datasets=_hub_id(data.name),
+            eval_results=_eval_results(own, config.mode, task, data) if own else None,
+            library_name="transformers",
+            license=license,
+            model_name=repo_id if own else None,
+            pipeline_tag=task,
+            tags=["1-bit", "binarization", "hf_stompp", *(f"arxiv:{paper}" for paper in _PAPERS)],
+        ),
+        template_path=str(_template()),
+        repo_id=repo_id,
+        packed=config.mode == "packed",
+        model_class=type(model).__name__,
+        bits=f"W{1 if config.weights else 32}A{1 if config.activations else 32}",
+        binary_inputs=config.activations,
+        frozen=f"{table.frozen_fraction:.0%}",
+        method=_METHODS[config.progression],
+        file_bytes=_file_bytes(folder, table, config.mode),
+        float_bytes=table.float_bytes,
+        example=_example(repo_id, type(model).__name__, task, folder),
+        parts=_parts(table),
+        split=data.split,
+        data=str(data),
+        eval_limit=own and own["recipe"].get("max_eval_samples"),
+        scores=_scores(runs, config.mode),
+        training=_training(own),
+        command=command,
+        config=json.dumps({k: v for k, v in config.to_dict().items() if k != "modules"}, indent=2),
+    )
+
+
+def _template() -> Path:
+    """In a wheel the template lies beside this file; in the repository it has one place, `model_cards/`."""
+    here = Path(__file__)
+    packaged = here.with_name("model_card_template.md")
+    return packaged if packaged.is_file() else here.parents[1] / "model_cards" / "template.md"
+
+
+def _hub_id(name: str | None) -> str | None:
+    """`name` if it can be a Hub id; a local path is nobody else's business, and says nothing to a reader."""
+    return name if name and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+def _check_run(name: str, run: Mapping[str, Any], own: Mapping[str, Any], config: BinarizationConfig) -> None:
+    """Refuses scores that are not this checkpoint's, or that cannot stand beside them."""
+    if name == _OWN:
+        made = {key: value for key, value in (run["binarization"] or {}).items() if key not in ("mode", "modules")}
+        other = sorted(key for key, value in config.to_dict().items() if key in made and made[key] != value)
+        if not made or other:
+            raise ValueError(
+                f"results are of a run with another BinarizationConfig ({', '.join(other) or 'full precision'}) than "
+                "the model's. Pass the results.json of the run that made this checkpoint."
+            )
+        _row(run, config.mode)
+    for key in ("task_name", "max_eval_samples"):
+        here, there = own["recipe"].get(key), run["recipe"].get(key)
+        if here != there:
+            raise ValueError(
+                f"compared[{name!r}] has {key} {there!r}, but results has {here!r}: scores on other data cannot stand "
+                "beside each other."
+            )
+
+
+def _row(run: Mapping[str, Any], mode: str) -> Mapping[str, Any]:
+    """The row of a run's table that a model in `mode` was scored in."""
+    start = {"packed": "packed", "train": "latent"}[mode]
+    for row in run["rows"]:
+        if row["model"].startswith(start):
+            return row
+    raise ValueError(f"results have no row of a {start} model, only of {[row['model'] for row in run['rows']]}.")
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if key not in ("model", "bytes", "eval_seconds")}
+
+
+def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) -> list[EvalResult]:
+    """One structured result a metric; with several splits the Trainer puts `matched_` and the like before each."""
+    results = []
+    limit = run["recipe"].get("max_eval_samples")
+    for key, value in _metrics(_row(run, mode)).items():
+        metric = next((name for name in _METRICS if key == name or key.endswith(f"_{name}")), key)
+        part = key.removesuffix(metric).rstrip("_")
+        results.append(
+            EvalResult(
+                task_type=task,
+                dataset_type=data.name or "unknown",
+                dataset_name=str(data).replace("`", ""),
+                dataset_config=data.config,
+                dataset_split=f"{data.split}_{part}" if part else data.split,
+                dataset_args={"first_rows": limit} if limit else None,
+                metric_type=_METRICS.get(metric, metric),
+                metric_value=value,
+                metric_args={"seed": run["seed"], "mask_seed": run["mask_seed"]},
+            )
+        )
+    return results
+
+
+def _scores(runs: Mapping[str, Mapping[str, Any]], mode: str) -> str:
+    """A row for each stage of this run, the one of this checkpoint in bold, then the last stage of each other run."""
+    rows = []
+    for name, run in runs.items():
+        own = _row(run, mode) if name == _OWN else None
+        for row in run["rows"] if own else run["rows"][-1:]:
+            title = f"this run, {row['model']}" if own else f"{name} ({row['model']})"
+            values = [f"{value:.4f}" for value in _metrics(row).values()]
+            seeds = [str(run["seed"]), "" if run["mask_seed"] is None else str(run["mask_seed"])]
+            cells = [title, *values, *seeds, f"{run['steps']:,}", f"{row['bytes']:,}"]
+            rows.append([f"**{cell}**" if cell and row is own else cell for cell in cells])
+    if not rows:
+        return ""
+    return _markdown(["model", *_metrics(runs[_OWN]["rows"][0]), "seed", "mask seed", "steps", "bytes"], rows)
+
+
+def _training(run: Mapping[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    limit = run["recipe"].get("max_train_samples")
+    examples = f"{run['batch_size']} examples" + (f" of the first {limit:,}" if limit else "")
+    return (
+        f"{run['steps']:,} steps of {examples}; learning rate {run['learning_rate']:g} ({run['lr_scheduler']}, "
+        f"{run['warmup_steps']:g} warmup steps); weight decay {run['weight_decay']:g}; seed {run['seed']}; mask seed "
+        f"{run['mask_seed']}."
+    )
+
+
+# --- what the model says of itself -----------------------------------------------------------------------------------
+
+
+def _parts(table: Summary) -> str:
+    """Bits and bytes, with the layers of a role and precision in one row."""
+    groups: dict[tuple[str, int, int], list[LayerSummary]] = defaultdict(list)
+    for row in table.rows:
+        groups[f"{row.role} linears" if row.role else row.name, row.weight_bits, row.input_bits].append(row)
+    lines = []
+    for (name, weight_bits, input_bits), rows in groups.items():
+        levels = " or ".join(sorted({row.levels for row in rows} - {""}, reverse=True))
+        sizes = [sum(row.parameters for row in rows), sum(row.float_bytes for row in rows)]
+        sizes.append(sum(row.packed_bytes for row in rows))
+        layers = str(len(rows)) if rows[0].role else ""
+        bits = [str(weight_bits), str(input_bits), levels and f"`{levels}`"]
+        lines.append([name, layers, *bits, *map("{:,}".format, sizes)])
+    totals = [table.parameters, table.float_bytes, table.packed_bytes]
+    lines.append(["total", "", "", "", "", *map("{:,}".format, totals)])
+    header = [
+        "part",
+        "layers",
+        "weight bits",
+        "input bits",
+        "input levels",
+        "parameters",
+        "float32 bytes",
+        "packed bytes",
+    ]
+    return _markdown(header, lines)
+
+
+def _file_bytes(folder: Path | None, table: Summary, mode: str) -> int:
+    if folder is not None:
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return table.packed_bytes if mode == "packed" else table.float_bytes
+
+
+def _example(repo_id: str, model_class: str, task: str, folder: Path | None) -> str:
+    """Loads and predicts as it stands, from the Hub or a folder."""
+    lines = ["import hf_stompp  # makes transformers read 1-bit checkpoints"]
+    tokenizer = folder is None or (folder / "tokenizer_config.json").is_file()
+    if tokenizer and task in ("text-classification", "token-classification", "feature-extraction"):
+        lines += ["from transformers import pipeline", "", f'predict = pipeline("{task}", model="{repo_id}")']
+        return "\n".join([*lines, 'print(predict("This is an example."))'])
+    inputs = "**model.dummy_inputs"
+    if task == "multiple-choice":  # each example is a list of texts
+        inputs = "**{name: tensor.unsqueeze(0) for name, tensor in model.dummy_inputs.items()}"
+    lines += [f"from transformers import {model_class}", "", f'model = {model_class}.from_pretrained("{repo_id}")']
+    return "\n".join([*lines, f"print(model({inputs}))"])
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rule = [":--", *["--:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

@@ -1,0 +1,114 @@
+"""A saved model's folder: what kind it is, and whether everything is in it that a user needs to load it."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from hf_stompp.config import QUANT_METHOD
+
+
+def load_complete(folder: str | os.PathLike[str], *, latent: bool = False) -> PreTrainedModel:
+    """Loads the model of a folder, and makes sure that it is binarized and that nothing of it is missing.
+
+    Headers of all weight files first, which is quick and names the file at fault; then `from_pretrained` itself is the
+    judge, with its checks of every packed tensor, and no tensor may have been filled in at random.
+
+    Args:
+        folder (`str` or `Path`): What `save_pretrained` wrote.
+        latent (`bool`, *optional*, defaults to `False`): Also take a latent checkpoint, not only a packed one.
+
+    Returns:
+        `PreTrainedModel`: The model, of the class in its config, on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it has no config, no weights, or not all shards of them.
+        ValueError: The model is full-precision, or latent and not asked for, or a file is truncated or corrupted, or a
+            tensor is missing.
+
+    Example:
+
+        >>> model = load_complete("bert-sst2-1bit")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    config = _read_json(folder, CONFIG_NAME)
+    check_kind(config.get("quantization_config"), str(folder), latent=latent)
+    _check_headers(folder)
+    names = config.get("architectures") or ["no class"]
+    auto_class = getattr(transformers, names[0], None)
+    if auto_class is None:
+        raise ValueError(f"{folder / CONFIG_NAME} names {names[0]} in `architectures`; allowed: one of transformers'.")
+    model, found = auto_class.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    absent = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
+    if absent:
+        raise ValueError(
+            f"{folder} has no tensor {absent[0]} of {names[0]}, or one of another shape ({len(absent)} in all): the "
+            "checkpoint is incomplete. Save it again."
+        )
+    return model
+
+
+def check_kind(quantization: Any, what: str, *, latent: bool) -> None:
+    """Refuses a full-precision model, and a latent one unless it is asked for, by its quantization config."""
+    if quantization is not None and not isinstance(quantization, Mapping):
+        quantization = quantization.to_dict()
+    if quantization is None or quantization.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{what} is not binarized: it has no quantization_config of hf_stompp. Train it with a BinarizationConfig "
+            "and StomppCallback, then call pack(); a full-precision model has its own `push_to_hub`."
+        )
+    if quantization.get("mode") != "packed" and not latent:
+        raise ValueError(
+            f"{what} is a latent checkpoint: full-precision weights, which load as an ordinary model where hf_stompp "
+            "is not imported. Call pack() first, or pass latent=True to share the training state itself."
+        )
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}; pass one that save_pretrained wrote.")
+    if not (folder / name).is_file():
+        raise FileNotFoundError(f"{folder} has no {name}: it is not a saved model, or an incomplete one.")
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / name} is truncated or corrupted: {error}. Save it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{folder / name} holds {type(content).__name__}; allowed: a JSON object. Save it again.")
+    return content
+
+
+def _check_headers(folder: Path) -> None:
+    """Opens every weight file, which checks its header against its size, and looks for all tensors of the index."""
+    single, sharded = (folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if single.is_file() and sharded.is_file():
+        raise ValueError(f"{folder} has both {single.name} and {sharded.name}: two models in one.")
+    shards: dict[str, set[str]] = {SAFE_WEIGHTS_NAME: set()}
+    if sharded.is_file():
+        shards.clear()
+        for tensor, shard in _read_json(folder, sharded.name).get("weight_map", {}).items():
+            shards.setdefault(shard, set()).add(tensor)
+    for name, expected in shards.items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}"
+                + (f", which {sharded.name} lists" if sharded.is_file() else "")
+                + ": the checkpoint is incomplete. Save it again, as safetensors."
+            )
+        absent = sorted(expected - set(_tensor_names(folder / name)))
+        if absent:
+            raise ValueError(f"{folder / name} has no tensor {absent[0]}, which {sharded.name} lists. Save it again.")
+
+
+def _tensor_names(path: Path) -> Iterable[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or corrupted: {error}. Save it again.") from error

@@ -1,0 +1,242 @@
+"""`push`: a binarized model to the Hub, whole and in one commit, or not at all."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HTTPError  # of the HTTP library that this huggingface_hub uses
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from hf_stompp.card import UNNAMED, Scored, model_card, render
+from hf_stompp.checkpoint import check_kind, load_complete
+
+logger = logging.get_logger(__name__)
+
+__all__ = ["model_card", "push"]
+
+_CARD = "README.md"
+# Left behind in the repository, these would be loaded instead of, or beside, what is pushed.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+_NOT_PUSHED = (".*", "checkpoint-*")
+_WAITS = (1.0, 4.0)  # seconds before the second and the third attempt
+# A conflict is tried again too: the first attempt may have gone through and only its answer been lost.
+_MAY_PASS = (None, 408, 409, 412, 500, 502, 503, 504)
+_CHANGED = (OSError, "the repository changed during the push, and was left alone. Look at it, and push again")
+_ADVICE: dict[int, tuple[type[OSError], str]] = {
+    401: (PermissionError, "Log in with `hf auth login`, set HF_TOKEN or pass token=, with one that may write"),
+    403: (PermissionError, "the token may not write there. Use one that may, or your own name, or create_pr=True"),
+    404: (FileNotFoundError, "the Hub knows no such user, organization, repository or branch. Check the names"),
+    409: _CHANGED,
+    412: _CHANGED,
+    413: (OSError, 'a file is too large for the Hub. Save in shards: save_pretrained(..., max_shard_size="1GB")'),
+    429: (ConnectionError, "too many requests. Wait some minutes, and push again"),
+}
+_Answer = TypeVar("_Answer")
+
+
+def push(
+    model_or_folder: PreTrainedModel | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    tokenizer: Any = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    card: ModelCard | str | None = None,
+    latent: bool = False,
+) -> CommitInfo:
+    """Publishes a packed model on the Hub with its model card, in one commit: the repository is never half published.
+
+    Before anything is sent, the model is loaded from the very files. What failed for the moment is tried again; a
+    commit whose answer was lost is recognised by its content and not made twice. It also deletes replaced weights.
+
+    Args:
+        model_or_folder (`PreTrainedModel`, `str` or `Path`): A packed model, or the folder it was saved in, which is
+            pushed as it is, without hidden files and `checkpoint-*`.
+        repo_id (`str`): `user/name`, created if it does not exist.
+        tokenizer (*optional*): Of a model, anything with `save_pretrained`. A folder holds its own.
+        private (`bool`, *optional*): Visibility of the repository; an existing one must have it already.
+        revision (`str`, *optional*, defaults to `"main"`): The branch, created from `main` if it does not exist.
+        commit_message (`str`, *optional*): The title of the commit.
+        create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of committing to the branch.
+        token (`str` or `bool`, *optional*): Without it the one of the environment or of `hf auth login`.
+        card (`ModelCard` or `str`, *optional*): The text of `README.md`, instead of the one there. Without it the
+            repository's own stays; if it has none, the folder's is taken; if that has none, [`model_card`] writes one.
+        latent (`bool`, *optional*, defaults to `False`): Also push a latent checkpoint, which is full-precision.
+
+    Returns:
+        `huggingface_hub.CommitInfo`: The commit; the last one there was if nothing has changed.
+
+    Raises:
+        TypeError: A tokenizer beside a folder.
+        FileNotFoundError: The folder is incomplete; or the Hub knows no such user or branch (404).
+        ValueError: A full-precision or latent model, a corrupted file; a repository of another visibility.
+        PermissionError: No token, a wrong one, or one that may not write there (401, 403).
+        OSError: The repository changed meanwhile (409, 412), or a file is too large (413).
+        ConnectionError: The Hub could not be reached, or failed several times.
+
+    Example:
+
+        >>> push(pack(model), "user/bert-sst2-1bit", tokenizer=tokenizer)  # doctest: +SKIP
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _saved(model_or_folder, tokenizer, Path(temporary), latent)
+        text = _card_text(card, load_complete(folder, latent=latent), folder)
+        message = commit_message or "Upload a 1-bit model with hf_stompp"
+        publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
+        try:
+            return publication.commit(_files(folder), text, message, overwrite_card=card is not None)
+        except (HTTPError, json.JSONDecodeError) as error:
+            raise _explained(error, publication) from error
+
+
+def _saved(model_or_folder: Any, tokenizer: Any, temporary: Path, latent: bool) -> Path:
+    """The folder to push; a model is saved into `temporary`."""
+    if not isinstance(model_or_folder, PreTrainedModel):
+        if tokenizer is not None:
+            raise TypeError("push takes a tokenizer with a model; save it into the folder: tokenizer.save_pretrained.")
+        return Path(model_or_folder)
+    name = f"This {type(model_or_folder).__name__}"
+    check_kind(getattr(model_or_folder.config, "quantization_config", None), name, latent=latent)
+    model_or_folder.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
+    return temporary
+
+
+def _card_text(card: ModelCard | str | None, model: PreTrainedModel, folder: Path) -> str:
+    """The card that is given, else the folder's own, else one that is written now."""
+    if card is None and (folder / _CARD).is_file():
+        return (folder / _CARD).read_text(encoding="utf-8")
+    return str(render(model, folder, {}, Scored()) if card is None else card)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """What is pushed of a folder: path in the repository → file."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in paths.items()
+        if not any(fnmatch(part, pattern) for part in name.parts for pattern in _NOT_PUSHED)
+    }
+
+
+class _Publication:
+    """The way of a set of files into one commit of a repository."""
+
+    def __init__(self, api: HfApi, repo_id: str, revision: str | None, create_pr: bool, private: bool | None) -> None:
+        self.api, self.repo_id, self.revision = api, repo_id, revision
+        self.create_pr, self.private = create_pr, private
+
+    def commit(self, folder: Mapping[str, Path], card: str, message: str, *, overwrite_card: bool) -> CommitInfo:
+        """Commits what differs from the repository. Each attempt looks anew at what is there.
+
+        All attempts name the same parent, so that the Hub refuses a second commit where the first went through; and
+        where it did, the next attempt finds nothing to change and returns it.
+        """
+        self._prepare()
+        files: dict[str, Path | bytes] = {**folder, _CARD: card.replace(UNNAMED, self.repo_id).encode()}
+        parent, waits = None, iter(_WAITS)
+        while True:
+            info = _again(lambda: self.api.model_info(self.repo_id, revision=self.revision))
+            parent = parent or info.sha
+            there = {file.rfilename for file in info.siblings or ()}
+            added = [
+                CommitOperationAdd(name, source)
+                for name, source in files.items()
+                if name != _CARD or overwrite_card or name not in there
+            ]
+            if _CARD in there and not overwrite_card:
+                logger.warning_once(f"{self.repo_id} keeps its {_CARD}; to replace it, pass card=.")
+            stale = sorted(name for name in there - set(files) if any(fnmatch(name, weights) for weights in _WEIGHTS))
+            where: dict[str, Any] = {"revision": self.revision, "create_pr": self.create_pr}
+            self._upload(added, where)
+            operations: list[Any] = [*added, *(CommitOperationDelete(name) for name in stale)]
+            try:
+                return self.api.create_commit(
+                    self.repo_id, operations, commit_message=message, parent_commit=parent, **where
+                )
+            except (HTTPError, json.JSONDecodeError) as error:
+                wait = next(waits, None)
+                # A pull request has no parent to conflict with: a second one would be opened.
+                if wait is None or self.create_pr or _status(error) not in _MAY_PASS:
+                    raise
+                time.sleep(wait)
+
+    def _prepare(self) -> None:
+        """Makes sure of the repository and its branch; both are left as they are if they exist."""
+        url = _again(lambda: self.api.create_repo(self.repo_id, private=self.private, exist_ok=True))
+        self.repo_id = url.repo_id  # with the user's name, if only the model's was given
+        private = _again(lambda: self.api.model_info(self.repo_id)).private
+        if self.private is not None and private is not None and private != self.private:
+            raise ValueError(
+                f"private: received {self.private}, but {self.repo_id} exists and is {'not ' * (not private)}private; "
+                "nothing was uploaded. Change its visibility in its settings, push to another name, or drop private."
+            )
+        branch = self.revision
+        if branch is not None and branch != "main" and not branch.startswith("refs/") and not self.create_pr:
+            _again(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
+
+    def _upload(self, added: list[CommitOperationAdd], where: dict[str, Any]) -> None:
+        """Uploads, with the client's own attempts, what does not fit into the commit; nobody sees it before that."""
+        try:
+            self.api.preupload_lfs_files(self.repo_id, added, free_memory=False, **where)
+        except RuntimeError as error:  # the client wraps in it what happened in its threads
+            if isinstance(error.__cause__, HTTPError):
+                raise error.__cause__ from None
+            raise
+        # The client leaves these out without a word, and the repository would be half a model.
+        ignored = [operation.path_in_repo for operation in added if getattr(operation, "_should_ignore", False)]
+        if ignored:
+            raise ValueError(
+                f"The .gitignore of {self.repo_id} ignores {', '.join(ignored)}; nothing was published. Remove the "
+                "pattern there, then push again."
+            )
+
+
+def _again(call: Callable[[], _Answer]) -> _Answer:
+    """Makes an idempotent request, and makes it again if it failed for the moment."""
+    for wait in _WAITS:
+        try:
+            return call()
+        except (HTTPError, json.JSONDecodeError) as error:
+            if _status(error) not in _MAY_PASS:
+                raise
+            time.sleep(wait)
+    return call()
+
+
+def _response(error: BaseException) -> Any:
+    """The Hub's answer behind an error; None where none came, or none that was the Hub's."""
+    return getattr(error, "response", None)
+
+
+def _status(error: BaseException) -> int | None:
+    response = _response(error)
+    return None if response is None else response.status_code
+
+
+def _explained(error: Exception, publication: _Publication) -> Exception:
+    """What happened and what to do about it, for an error of the Hub or of the way there."""
+    status, response = _status(error), _response(error)
+    said = getattr(error, "server_message", None) or str(error.__cause__ or error).strip().splitlines()[0]
+    if status is None or status >= 500:
+        again = "No repository is half published by it. Push again: what is there already is not sent twice"
+        if publication.create_pr:
+            again = "A pull request may have been opened all the same: look before pushing again"
+        what = f"answered {status}" if status else f"could not be reached ({said})"
+        return ConnectionError(f"{publication.repo_id}: the Hub {what}, several times. {again}.")
+    kind, advice = _ADVICE.get(status, (OSError, "the Hub refused the push, and nothing was published"))
+    if status == 401:
+        sent = "refused the token" if "authorization" in response.request.headers else "was given no token"
+        advice = f"the Hub {sent}. {advice}"
+    return kind(f"{publication.repo_id}, revision {publication.revision or 'main'}: {advice} ({status}: {said}).")
