@@ -267,7 +267,8 @@ def _parts(table: Summary) -> str:
     """Bits and bytes, with the layers of a role and precision in one row."""
     groups: dict[tuple[str, int, int], list[LayerSummary]] = defaultdict(list)
     for row in table.rows:
-        groups[f"{row.role} linears" if row.role else row.name, row.weight_bits, row.input_bits].append(row)
+        kind = "embedding tables" if row.role == "embedding" else f"{row.role} linears" if row.role else row.name
+        groups[kind, row.weight_bits, row.input_bits].append(row)
     lines = []
     for (name, weight_bits, input_bits), rows in groups.items():
         levels = " or ".join(sorted({row.levels for row in rows} - {""}, reverse=True))

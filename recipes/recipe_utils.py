@@ -193,17 +193,22 @@ def describe(recipe: Any, config: BinarizationConfig | None, args: TrainingArgum
     }
 
 
-def report(results: dict[str, Any], folder: Path) -> None:
-    """Write `results.json` and print its rows."""
+def report(results: dict[str, Any], folder: Path, dataset: str | None, command: Sequence[str]) -> None:
+    """Write `results.json`, print its rows, and write the model card of the packed model, if there is one.
+
+    Args:
+        results: What `python command …` came to.
+        folder: Its `output_dir`.
+        dataset: Hub id of the data.
+        command: The script and its flags; local paths are left out of the card.
+    """
     write_json(folder / "results.json", results)
     print(format_table(results["rows"]))
-
-
-def write_card(folder: Path, results: dict[str, Any], dataset: str | None, command: Sequence[str]) -> None:
-    """Write the model card of a packed model that was made by `python command …`; local paths are left out of it."""
-    words = [f"path/to/{Path(word).name}" if Path(word).is_absolute() else word for word in command]
-    card = model_card(folder, results=results, dataset=dataset, command=shlex.join(["python", *words]))
-    card.save(folder / "README.md")
+    if len(results["rows"]) == 2:
+        packed = folder / "packed"
+        words = [f"path/to/{Path(word).name}" if Path(word).is_absolute() else word for word in command]
+        card = model_card(packed, results=results, dataset=dataset, command=shlex.join(["python", *words]))
+        card.save(packed / "README.md")
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

@@ -34,16 +34,7 @@ from transformers import (
 import synthetic
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
-from recipe_utils import (
-    bucket_by_length,
-    describe,
-    pack_and_reload,
-    parse_recipe,
-    report,
-    result_row,
-    train,
-    write_card,
-)
+from recipe_utils import bucket_by_length, describe, pack_and_reload, parse_recipe, report, result_row, train
 
 
 @dataclass
@@ -115,10 +106,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             write_predictions(trainer, data[split], task, Path(args.output_dir) / f"predictions_{split}.tsv")
     results = {**describe(recipe, config if recipe.binarize else None, args), **training, "rows": rows}
     if trainer.is_world_process_zero():
-        report(results, Path(args.output_dir))
-        if len(rows) == 2:
-            dataset = None if recipe.task_name == "synthetic" else HUB_ID
-            write_card(folder, results, dataset, ["recipes/run_glue.py", *argv])
+        dataset = None if recipe.task_name == "synthetic" else HUB_ID
+        report(results, Path(args.output_dir), dataset, ["recipes/run_glue.py", *argv])
         if recipe.task_name == "synthetic":
             print(synthetic.EXAMPLE, pipeline("text-classification", model=str(folder))(synthetic.EXAMPLE))
     return results

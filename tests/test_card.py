@@ -65,7 +65,7 @@ def test_its_numbers(packed_folder: Path) -> None:
     # Bits; then in float32 the scales, biases, thresholds and two levels.
     packed = sum(n * -(-k // 8) + 4 * (n + n + k + 2) for n, k in layers)
     assert f"| 6 | 1 | 1 | `{{0,+s}} or {{-s,+s}}` | {binary:,} | {4 * binary:,} | {packed:,} |" in card
-    assert f"| embeddings |  | 32 | 32 |  | {embeddings:,} | {4 * embeddings:,} | {4 * embeddings:,} |" in card
+    assert f"| embedding tables | 3 | 32 | 32 |  | {embeddings:,} | {4 * embeddings:,} | {4 * embeddings:,} |" in card
 
 
 def test_structured_results(packed_folder: Path) -> None:
