@@ -53,7 +53,7 @@ def model_card(
     dataset: str | None = None,
     split: str = "validation",
     command: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
 ) -> ModelCard:
     """Writes the card of a packed (or latent) model: bits per part, bytes, scores, how it was made, how to use it.
 
@@ -67,18 +67,18 @@ def model_card(
         compared (`Mapping`, *optional*): Name → `results.json` of runs to show beside it, as
             `{"full precision": …, "STE baseline": …}`.
         repo_id (`str`, *optional*): The repository it is for; without it, `push` fills it in.
-        base_model (`str`, *optional*): Hub id of the pretrained model; without it what the results name, if that is
-            a Hub id and no local folder.
+        base_model (`str`, *optional*): Hub id of the pretrained model.
         dataset (`str`, *optional*): Hub id of the data; its config is the task of the results.
         split (`str`, *optional*, defaults to `"validation"`): What the results were scored on.
         command (`str`, *optional*): The training command.
-        license (`str`, *optional*, defaults to `"apache-2.0"`): A license id of the Hub.
+        license (`str`, *optional*): A license id of the Hub; what the license of the base model allows.
 
     Returns:
         `huggingface_hub.ModelCard`: `card.save("folder/README.md")` writes it.
 
     Raises:
-        ValueError: The model is not binarized, or the results are of another config, task or kind of model.
+        ValueError: The model is not binarized; the results are of another config, task or kind of model; or there are
+            results to compare with, and none to compare.
 
     Example:
 
@@ -90,12 +90,13 @@ def model_card(
         check_kind(getattr(model.config, "quantization_config", None), type(model).__name__, latent=True)
     else:
         model, folder = load_complete(model_or_folder, latent=True), Path(model_or_folder)
+    if compared and results is None:
+        raise ValueError(f"compared has {sorted(compared)}, but there are no results to compare: pass results too.")
     runs = {_OWN: results, **(compared or {})} if results is not None else {}
     for name, run in runs.items():
         _check_run(name, run, runs[_OWN], model.config.quantization_config)
     recipe = (results or {}).get("recipe", {})
     data = Scored(dataset or recipe.get("task_name"), recipe.get("task_name") if dataset else None, split)
-    base_model = base_model or _hub_id(recipe.get("model_name_or_path"))
     return render(model, folder, runs, data, repo_id=repo_id, base_model=base_model, command=command, license=license)
 
 
@@ -120,7 +121,7 @@ def render(
     repo_id: str = UNNAMED,
     base_model: str | None = None,
     command: str | None = None,
-    license: str = "apache-2.0",
+    license: str | None = None,
 ) -> ModelCard:
     """Fills in the template for a loaded model; `runs` has its own results under "", and those beside it by name."""
     config: BinarizationConfig = model.config.quantization_config
@@ -234,18 +235,18 @@ def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) ->
 
 def _scores(runs: Mapping[str, Mapping[str, Any]], mode: str) -> str:
     """A row for each stage of this run, the one of this checkpoint in bold, then the last stage of each other run."""
-    rows = []
+    if not runs:
+        return ""
+    rows, metrics = [], list(_metrics(_row(runs[_OWN], mode)))
     for name, run in runs.items():
         own = _row(run, mode) if name == _OWN else None
         for row in run["rows"] if own else run["rows"][-1:]:
             title = f"this run, {row['model']}" if own else f"{name} ({row['model']})"
-            values = [f"{value:.4f}" for value in _metrics(row).values()]
+            values = [f"{row[metric]:.4f}" for metric in metrics]
             seeds = [str(run["seed"]), "" if run["mask_seed"] is None else str(run["mask_seed"])]
             cells = [title, *values, *seeds, f"{run['steps']:,}", f"{row['bytes']:,}"]
             rows.append([f"**{cell}**" if cell and row is own else cell for cell in cells])
-    if not rows:
-        return ""
-    return _markdown(["model", *_metrics(runs[_OWN]["rows"][0]), "seed", "mask seed", "steps", "bytes"], rows)
+    return _markdown(["model", *metrics, "seed", "mask seed", "steps", "bytes"], rows)
 
 
 def _training(run: Mapping[str, Any] | None) -> str:

@@ -95,7 +95,7 @@ class BinarizationConfig(QuantizationConfigMixin):
     mask_seed: int = _flag(0, "Seed of the masks and of a random order; independent of the training seed.")
     format_version: int = _flag(FORMAT_VERSION, "Version of this schema and of the packed format.")
     modules: dict[str, Any] = field(default_factory=dict, init=False)
-    """The resolved selection, written by `binarize`: name → {"unit", "levels"}."""
+    """The resolved selection, written by `binarize`: name → {"unit", "levels"}; and by `pack`, table → {"bits"}."""
     unknown: dict[str, Any] = field(default_factory=dict, init=False)
     """Keys of a newer version that this one does not know: kept, and saved again."""
 

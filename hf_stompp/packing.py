@@ -81,7 +81,12 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         weight (`Tensor`): Float `[V, D]`.
         bits (`int`): 1, 4, 8 or 16.
     """
-    weight = weight.detach().float()
+    # Some rows at a time: the working copies of a whole table would take several times its memory.
+    codes, scales = zip(*(_quantize_rows(rows.detach().float(), bits) for rows in weight.split(4096)), strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     top = (1 << bits) - 1
     scale = weight.abs().amax(dim=1, keepdim=True) / top
     for _ in range(10):

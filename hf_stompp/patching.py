@@ -213,7 +213,7 @@ def pack(
     replaced += [table.weight for table in tables.values()]
     packed = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in replaced})
     packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
-    pack_modules(packed, layers, tables, config.embedding_bits)
+    config = pack_modules(packed, layers, tables, config)
     if dtype is not None:
         packed.to(dtype)
         packed.config.dtype = dtype
@@ -222,13 +222,23 @@ def pack(
 
 
 def pack_modules(
-    model: PreTrainedModel, layers: Mapping[str, BinaryLinear], tables: Mapping[str, nn.Embedding], embedding_bits: int
-) -> None:
-    """Puts the packed modules in the place of `layers`, which are taken as frozen, and of `tables`."""
+    model: PreTrainedModel,
+    layers: Mapping[str, BinaryLinear],
+    tables: Mapping[str, nn.Embedding],
+    config: BinarizationConfig,
+) -> BinarizationConfig:
+    """Puts the packed modules in the place of `layers`, which are taken as frozen, and of `tables`; returns the config
+    that lists them."""
+    config = copy.deepcopy(config)
+    base = "" if model.base_model is model else model.base_model_prefix + "."
     for name, layer in layers.items():
         model.set_submodule(name, PackedLinear.from_binary(layer))
     for name, table in tables.items():
-        model.set_submodule(name, PackedEmbedding.from_float(table, embedding_bits))
+        if not table.weight.isfinite().all():
+            raise ValueError(f"{name}.weight holds values that are not finite: the table cannot be packed.")
+        model.set_submodule(name, PackedEmbedding.from_float(table, config.embedding_bits))
+        config.modules[name.removeprefix(base)] = {"bits": config.embedding_bits}
+    return config
 
 
 def _check_packable(model: PreTrainedModel) -> BinarizationConfig:
@@ -286,6 +296,7 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"unpack takes a packed model, but this {type(model).__name__} has no packed layer.")
     config = copy.deepcopy(model.config.quantization_config)
     config.mode = "train"
+    config.modules = {key: entry for key, entry in config.modules.items() if "unit" in entry}
     latent = copy.deepcopy(model)
     base = "" if model.base_model is model else model.base_model_prefix + "."
     for name, layer in layers.items():

@@ -30,7 +30,6 @@ from hf_stompp.patching import (
     replace_gelu,
     tables_to_pack,
 )
-from hf_stompp.selection import embedding_tables
 
 logger = logging.get_logger(__name__)
 
@@ -46,8 +45,14 @@ class StomppHfQuantizer(HfQuantizer):
     """
 
     quantization_config: BinarizationConfig
+    _loading = False  # `pack` makes packed models too, whose tensors have never been in a file
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "device_map puts modules on disk, which 1-bit layers do not support (and hardly need). Map them to "
+                '"cpu" or a GPU.'
+            )
         if self._packs_while_loading and self.quantization_config.activations:
             raise ValueError(
                 'BinarizationConfig(mode="packed") on a full-precision checkpoint binarizes the weights alone: the '
@@ -73,6 +78,7 @@ class StomppHfQuantizer(HfQuantizer):
                 ignored = list(model._keys_to_ignore_on_load_missing or ())
                 model._keys_to_ignore_on_load_missing = ignored + [rf"\.{name}$" for name in _added_tensors(model)]
             return
+        self._loading = True
         linears, tables = _packed_modules(model, checkpoint_files, self.quantization_config)
         if self.quantization_config.replace_gelu:
             replace_gelu(model, set(linears))
@@ -84,6 +90,8 @@ class StomppHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.quantization_config.mode == "packed" and self.pre_quantized:
+            if self._loading:
+                _check_loaded(model)
             for name, packed in packed_layers(model).items():
                 _check_packed(name, packed)
             for name, table in packed_tables(model).items():
@@ -94,7 +102,8 @@ class StomppHfQuantizer(HfQuantizer):
             layer.load_masks()
         if self._packs_while_loading:
             config = self.quantization_config
-            pack_modules(model, binary_layers(model), tables_to_pack(model, config), config.embedding_bits)
+            config = pack_modules(model, binary_layers(model), tables_to_pack(model, config), config)
+            self.quantization_config = model.config.quantization_config = config
             logger.warning(
                 f"{type(model).__name__} was binarized without training: expect its accuracy to be near chance. Train "
                 "it with StomppCallback (README) for a 1-bit model of use."
@@ -109,11 +118,22 @@ class StomppHfQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
-        for name, layer in packed_layers(model).items():
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string once it has been saved
+        layers = packed_layers(model)
+        for name, layer in layers.items():
             binary_input = layer.activation_threshold is not None
-            model.set_submodule(name, BinaryInputLinear.from_packed(layer) if binary_input else layer.to_float())
+            floats = BinaryInputLinear.from_packed(layer) if binary_input else layer.to_float()
+            model.set_submodule(name, floats.to(dtype))
         for name, table in packed_tables(model).items():
-            model.set_submodule(name, table.to_float())
+            model.set_submodule(name, table.to_float().to(dtype))
+        if self.quantization_config.replace_gelu or any(
+            layer.activation_threshold is not None for layer in layers.values()
+        ):
+            logger.warning(
+                "The dequantized model computes what the packed one does, for use in this process and for export. Do "
+                "not save it as a checkpoint: binary inputs and replaced activations are not in config.json, and it "
+                "would load as another model. Save the packed one."
+            )
         return model
 
     def is_serializable(self) -> bool:
@@ -158,16 +178,18 @@ def _packed_modules(
     the checkpoint of a model with a head and the reverse.
     """
     base = "" if model.base_model is model else model.base_model_prefix + "."
-    listed = {}
+    listed, listed_tables = {}, []
     for key, entry in config.modules.items():
-        name = next((n for n in (base + key, key) if _is_module(model, n, nn.Linear)), None)
-        if name is not None:
+        kind = nn.Embedding if "bits" in entry else nn.Linear
+        name = next((n for n in (base + key, key) if _is_module(model, n, kind)), None)
+        if name is not None and kind is nn.Embedding:
+            listed_tables.append(name)
+        elif name is not None:
             listed[name] = entry["levels"] is not None
     if not files or not all(file.endswith(".safetensors") for file in files):
-        packable = embedding_tables(model) if config.embedding_bits < 32 else {}
-        return listed, [name for name, reason in packable.items() if not reason]
+        return listed, listed_tables
     present, found = _checkpoint_tensors(model, files)
-    _check_all_present(model, present, [f"{name}.weight" for name in listed if name not in found])
+    _check_all_present(model, present, [f"{name}.weight" for name in [*listed, *listed_tables] if name not in found])
     for name, tensors in found.items():
         _check_layout(name, model.get_submodule(name), tensors, config.embedding_bits)
     tables = [name for name in found if isinstance(model.get_submodule(name), nn.Embedding)]
@@ -238,7 +260,7 @@ def _layout(
     """Tensor → (dtype, shape) of a packed module; no dtype is any float."""
     if isinstance(module, nn.Embedding):
         rows, bits = module.num_embeddings, embedding_bits
-        return {"weight": ("U8", [rows, packed_length(module.embedding_dim, bits)]), "weight_scale": (None, [rows])}
+        return {"weight": ("U8", [rows, packed_length(module.embedding_dim, bits)]), "weight_scale": ("F32", [rows])}
     n, k = module.out_features, module.in_features
     layout: dict[str, tuple[str | None, list[int]]] = {
         "weight": ("U8", [n, packed_length(k)]),
@@ -276,14 +298,18 @@ def _check_layout(
         )
 
 
+def _check_loaded(model: nn.Module) -> None:
+    """Refuses packed modules with a tensor that was not in the checkpoint, and is uninitialised memory now."""
+    for name, module in (packed_layers(model) | packed_tables(model)).items():
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if key != "bias" and not getattr(tensor, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"The packed checkpoint has no tensor {name}.{key}: it is incomplete. Save or download it again."
+                )
+
+
 def _check_packed(name: str, layer: PackedLinear) -> None:
     """Refuses loaded values that no packed layer can have."""
-    for key in ("weight", *PackedLinear.FULL_PRECISION):
-        tensor = getattr(layer, key)
-        if tensor is not None and not getattr(tensor, "_is_hf_initialized", True):
-            raise ValueError(f"{name}.{key} is missing from the packed checkpoint.")
-        if tensor is not None and tensor.is_meta:
-            return  # offloaded to disk
     bad = {
         "weight": _padding(layer.weight, layer.in_features).any(),
         "weight_scale": ~_all(layer.weight_scale, lambda x: x >= 0),
@@ -301,10 +327,7 @@ def _check_packed(name: str, layer: PackedLinear) -> None:
 
 def _check_table(name: str, table: PackedEmbedding) -> None:
     """Refuses loaded values that no packed table can have."""
-    scale = table.weight_scale
-    if scale.is_meta or table.weight.is_meta:
-        return  # offloaded to disk
-    if not scale.isfinite().all() or _padding(table.weight, table.embedding_dim * table.bits).any():
+    if not table.weight_scale.isfinite().all() or _padding(table.weight, table.embedding_dim * table.bits).any():
         raise ValueError(
             f"{name} holds values that no packed table has (a scale that is not finite, or set padding bits): the "
             "checkpoint is corrupted. Save or download it again."

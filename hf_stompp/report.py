@@ -163,7 +163,7 @@ def _layer_row(plan: LayerPlan, layer: nn.Linear, config: BinarizationConfig) ->
         name=plan.name,
         role=plan.role,
         unit=plan.unit,
-        weight_bits=1 if binary and config.weights else 32,
+        weight_bits=1 if binary and config.weights else 8 * layer.weight.element_size(),
         input_bits=1 if binary_input else 32,
         levels=("{0,+s}" if unsigned else "{-s,+s}") if binary_input else "",
         frozen=frozen if binary else None,
@@ -182,11 +182,12 @@ def _table_row(name: str, table: nn.Embedding, bits: int, reason: str) -> LayerS
     size = table.weight.element_size() * entries
     if packed:
         size = rows * packed_length(table.embedding_dim, bits) + 4 * rows
-    width = bits if packed else 32
+    width = bits if packed else 8 * table.weight.element_size()
     return LayerSummary(name, "embedding", None, width, 32, "", None, entries, 4 * entries, size, reason)
 
 
 def _rest_row(name: str, tensors: Iterable[Tensor]) -> LayerSummary:
     tensors = list(tensors)
     count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
-    return LayerSummary(name, "", None, 32, 32, "", None, count, 4 * count, size, "never binarized")
+    bits = 8 * max((tensor.element_size() for tensor in tensors), default=4)
+    return LayerSummary(name, "", None, bits, 32, "", None, count, 4 * count, size, "never binarized")

@@ -103,8 +103,8 @@ class _Trace(TorchDispatchMode):
         return out
 
     def watch(self, name: str, module: nn.Module) -> Any:
-        kind = self.linears if isinstance(module, LINEARS) else self.activations
-        kind = self.tables if isinstance(module, TABLES) else kind
+        kinds = ((LINEARS, self.linears), (TABLES, self.tables), (nn.Module, self.activations))
+        kind = next(calls for types, calls in kinds if isinstance(module, types))
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
             kind.append(_Call(name, args[0], output))
@@ -166,12 +166,14 @@ def activations_feeding(model: PreTrainedModel, names: set[str]) -> list[str]:
 
 def embedding_tables(model: PreTrainedModel) -> dict[str, str]:
     """Every embedding table that the base model looks rows up in, and why it stays in full precision, if it must."""
-    tied = _tied(model)
+    tied, width = _tied(model), model.get_input_embeddings().embedding_dim
     reasons = {}
     for call in _trace(model).tables:
         table = model.get_submodule(call.name)
         if type(table) not in TABLES or table.max_norm is not None:
             reasons[call.name] = "a table with rules of its own"
+        elif table.embedding_dim != width:
+            reasons[call.name] = "no embedding: its rows have another width than the tokens'"
         else:
             reasons[call.name] = _SKIPPED["tied"] if call.name in tied else ""
     return reasons

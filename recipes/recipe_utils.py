@@ -206,9 +206,32 @@ def report(results: dict[str, Any], folder: Path, dataset: str | None, command: 
     print(format_table(results["rows"]))
     if len(results["rows"]) == 2:
         packed = folder / "packed"
-        words = [f"path/to/{Path(word).name}" if Path(word).is_absolute() else word for word in command]
-        card = model_card(packed, results=results, dataset=dataset, command=shlex.join(["python", *words]))
+        source = results["recipe"]["model_name_or_path"]
+        base_model = None if source is None or Path(source).exists() else source
+        card = model_card(
+            packed, results=results, dataset=dataset, base_model=base_model, command=publishable(command)
+        )
         card.save(packed / "README.md")
+
+
+def publishable(command: Sequence[str]) -> str:
+    """The command line without what is nobody's business: absolute paths and tokens.
+
+    Example:
+
+        >>> publishable(["run.py", "--hub_token", "hf_x", "--output_dir=/home/me/out", "--seed", "1"])
+        'python run.py --output_dir=path/to/out --seed 1'
+    """
+    words: list[str] = []
+    flag = ""
+    for word in command:
+        name, equals, value = word.partition("=") if word.startswith("--") else (flag, "", word)
+        flag = name if word.startswith("--") and not equals else ""
+        if "token" in name:
+            continue
+        masked = f"path/to/{Path(value).name}" if Path(value).is_absolute() else value
+        words.append(f"{name}={masked}" if equals else word if word.startswith("--") else masked)
+    return shlex.join(["python", *words])
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:

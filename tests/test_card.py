@@ -46,7 +46,9 @@ def test_a_whole_card(packed_folder: Path) -> None:
         results=run_of(0.8765, config),
         compared={"full precision": run_of(0.9123, None), "STE baseline": run_of(0.8511, baseline)},
         repo_id="user/bert-sst2-1bit",
+        base_model="google-bert/bert-base-uncased",
         dataset="nyu-mll/glue",
+        license="apache-2.0",
         command="python recipes/run_glue.py recipes/configs/sst2_minilm_stompp_ste.yaml",
     )
     golden = re.escape(GOLDEN.read_text(encoding="utf-8").rstrip("\n"))
@@ -74,9 +76,10 @@ def test_structured_results(packed_folder: Path) -> None:
         del row["accuracy"]
         row |= {"matched_accuracy": matched, "mismatched_accuracy": mismatched, "matched_f1": 0.5}
     results["recipe"] |= {"task_name": "mnli", "max_eval_samples": 100}
-    card = ModelCard(model_card(packed_folder, results=results, dataset="nyu-mll/glue").content)
+    given = {"dataset": "nyu-mll/glue", "base_model": "google-bert/bert-base-uncased", "license": "mit"}
+    card = ModelCard(model_card(packed_folder, results=results, **given).content)
     assert card.data.base_model == "google-bert/bert-base-uncased" and card.data.base_model_relation == "quantized"
-    assert (card.data.license, card.data.library_name) == ("apache-2.0", "transformers")
+    assert (card.data.license, card.data.library_name) == ("mit", "transformers")
     assert card.data.datasets == "nyu-mll/glue" and card.data.pipeline_tag == "text-classification"
     scores = {(s.dataset_split, s.metric_type): s for s in card.data.eval_results}
     assert {key: score.metric_value for key, score in scores.items()} == {
@@ -95,6 +98,7 @@ def test_nothing_is_stated_that_is_not_known(frozen_bert: PreTrainedModel, packe
     results["recipe"]["model_name_or_path"] = str(packed_folder)  # where it lies on a disk is not a base model
     for card in (model_card(pack(frozen_bert)), model_card(packed_folder, results=results)):
         assert card.data.base_model is None and "base_model" not in card.content and card.data.datasets is None
+        assert card.data.license is None and "**License:** not recorded" in card.content
         assert "**Base model:** not recorded" in card.content and str(packed_folder.parent) not in card.content
     assert model_card(frozen_bert).data.eval_results is None
     assert "## Scores\n\nNone was recorded." in model_card(frozen_bert).content
@@ -141,3 +145,8 @@ def test_a_full_precision_model_has_none(tiny_model: Callable[..., PreTrainedMod
     tiny_model("bert").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is not binarized: it has no quantization_config"):
         model_card(tmp_path)
+
+
+def test_nothing_to_compare_with_is_an_error(packed_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"compared has \['STE baseline'\].*pass results too"):
+        model_card(packed_folder, compared={"STE baseline": run_of(0.8, BinarizationConfig())})

@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    BertModel,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -210,6 +213,37 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], obj
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.parametrize("layer", ["bert.embeddings.word_embeddings", "bert.encoder.layer.0.output.dense"])
+@pytest.mark.parametrize("how", ["bin", "state_dict"])
+def test_checkpoints_without_a_header_are_checked_too(
+    how: str, layer: str, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+) -> None:
+    config = BinarizationConfig(embedding_bits=8)
+    packed = save_packed(tiny_model("bert", "MaskedLM"), tiny_batch(), tmp_path, config)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+
+    def load() -> PreTrainedModel:
+        if how == "state_dict":
+            return BertModel.from_pretrained(None, config=AutoConfig.from_pretrained(tmp_path), state_dict=state)
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        return AutoModel.from_pretrained(tmp_path)
+
+    loaded = load().state_dict()  # with a pooler besides; the word embeddings are tied in the head, hence not packed
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in packed.bert.state_dict().items())
+    scale = f"{layer}.weight_scale"
+    if scale in state:
+        del state[scale]
+        with pytest.raises(ValueError, match=r"output\.dense\.weight_scale"):
+            load()
+
+
+def test_nothing_goes_to_disk(packed_folder: Path) -> None:
+    device_map = {"bert.embeddings": "cpu", "bert.pooler": "cpu", "classifier": "cpu", "bert.encoder": "disk"}
+    with pytest.raises(ValueError, match="device_map puts modules on disk"):
+        AutoModelForSequenceClassification.from_pretrained(packed_folder, device_map=device_map)
+
+
 DENSE = "bert.encoder.layer.0.output.dense"
 BROKEN = {
     "no-scale": lambda t: t.pop(f"{DENSE}.weight_scale"),
@@ -309,11 +343,17 @@ def test_weights_are_packed_while_loading(bits: int, float_folder: Path, tiny_ba
     [BinarizationConfig(replace_gelu=True, embedding_bits=4), BinarizationConfig(activations=False)],
     ids=["w1a1", "w1a32"],
 )
-def test_dequantized_is_the_same_model_and_exports_to_onnx(
-    config: BinarizationConfig, architecture: str, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_dequantized_is_the_same_model(
+    config: BinarizationConfig,
+    dtype: torch.dtype | None,
+    architecture: str,
+    tiny_model: Callable,
+    tiny_batch: Callable,
+    tmp_path: Path,
 ) -> None:
     batch = tiny_batch()
-    save_packed(tiny_model(architecture), batch, tmp_path, config)
+    save_packed(tiny_model(architecture), batch, tmp_path, config, dtype)
     packed = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     floats = AutoModelForSequenceClassification.from_pretrained(tmp_path).dequantize()
     assert not packed_layers(floats) and not packed_tables(floats)
@@ -321,10 +361,23 @@ def test_dequantized_is_the_same_model_and_exports_to_onnx(
     with torch.no_grad():
         expected = packed(**batch).logits
         torch.testing.assert_close(floats(**batch).logits, expected, rtol=1e-6, atol=1e-7)
-    if architecture != "bert":
-        return
+    assert floats.dtype == packed.dtype == (dtype or torch.float32)
+
+
+def test_a_dequantized_model_warns_of_saving_it(
+    packed_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hf_stompp"), "propagate", True)
+    AutoModelForSequenceClassification.from_pretrained(packed_folder).dequantize()
+    assert "would load as another model" in caplog.text
+
+
+def test_a_dequantized_model_exports_to_onnx(packed_folder: Path, tiny_batch: Callable, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    batch = tiny_batch()
+    floats = AutoModelForSequenceClassification.from_pretrained(packed_folder).dequantize()
+    expected = AutoModelForSequenceClassification.from_pretrained(packed_folder)(**batch).logits.detach()
     file = str(tmp_path / "model.onnx")
     torch.onnx.export(floats, (), file, kwargs=dict(batch), dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

@@ -1,5 +1,7 @@
 """The packed embedding table: a few bits an entry, a scale for each row, looked up without unpacking the table."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -16,11 +18,14 @@ class PackedEmbedding(nn.Embedding):
     Attributes:
         weight (`Parameter`): uint8 `[num_embeddings, ceil(embedding_dim * bits / 8)]`, as
             [`~hf_stompp.packing.pack_codes`].
-        weight_scale (`Tensor`): `[num_embeddings]`; its dtype is that of the output.
+        weight_scale (`Tensor`): float32 `[num_embeddings]`, in a half-precision model too: it may be below what half
+            precision resolves.
         bits (`int`): Bits of an entry.
+        dtype (`torch.dtype`): Of the output.
     """
 
     bits: int
+    dtype: torch.dtype
     weight_scale: Tensor
 
     @classmethod
@@ -29,14 +34,13 @@ class PackedEmbedding(nn.Embedding):
         table = cls.__new__(cls)
         nn.Module.__init__(table)
         table.num_embeddings, table.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        table.padding_idx, table.bits = embedding.padding_idx, bits
-        # What nn.Embedding's repr asks for; `select` refuses a table that sets them.
+        table.padding_idx, table.bits, table.dtype = embedding.padding_idx, bits, embedding.weight.dtype
+        # What nn.Embedding's repr asks for: rules of its training, which is over.
         table.max_norm, table.norm_type, table.scale_grad_by_freq, table.sparse = None, 2.0, False, False
         table.train(embedding.training)
         shape, device = (table.num_embeddings, packed_length(table.embedding_dim, bits)), embedding.weight.device
         table.weight = nn.Parameter(torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False)
-        scale = torch.ones(table.num_embeddings, dtype=embedding.weight.dtype, device=device)
-        table.register_buffer("weight_scale", scale)
+        table.register_buffer("weight_scale", torch.ones(table.num_embeddings, dtype=torch.float32, device=device))
         return table
 
     @classmethod
@@ -50,18 +54,27 @@ class PackedEmbedding(nn.Embedding):
         return table
 
     def to_float(self) -> nn.Embedding:
-        """The `nn.Embedding` of the same values, in the dtype of the scale."""
+        """The `nn.Embedding` of the same values."""
         table = nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta")
         table.weight = nn.Parameter(self._rows(self.weight, self.weight_scale))
         return table.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._rows(self.weight[input], self.weight_scale[input])
+        # Not by indexing, which takes negative tokens.
+        packed = nn.functional.embedding(input, self.weight)
+        return self._rows(packed, self.weight_scale[input])
 
     def _rows(self, packed: Tensor, scale: Tensor) -> Tensor:
         codes = unpack_codes(packed, self.embedding_dim, self.bits).to(torch.float32)
         levels = codes.mul_(2).sub_((1 << self.bits) - 1)
-        return levels.mul_(scale.unsqueeze(-1).to(torch.float32)).to(scale.dtype)
+        return levels.mul_(scale.unsqueeze(-1)).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.zeros(0, dtype=self.dtype, device=scale.device)).dtype
+        self.weight_scale = scale.to(self.weight_scale.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits={self.bits}"

@@ -1,7 +1,7 @@
 """The packed layer: one bit a weight, a scale for each output, and no latent weights; and its float counterpart."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,21 @@ def _binary_input(input: Tensor, threshold: Tensor, levels: Tensor) -> Tensor:
     return torch.where(input >= threshold, high, low).to(input.dtype)
 
 
-class PackedLinear(nn.Linear):
+class _ExactLinear(nn.Linear):
+    """A linear layer whose buffers stay in float32 when the model is cast: they decide on bits."""
+
+    FULL_PRECISION: ClassVar[tuple[str, ...]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: getattr(self, name) for name in self.FULL_PRECISION}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            if before is not None and getattr(self, name).dtype != torch.float32:
+                setattr(self, name, before.to(getattr(self, name).device))
+        return self
+
+
+class PackedLinear(_ExactLinear):
     r"""A 1-bit linear layer: \\(y = \hat x \, (s \odot \operatorname{bits}(w))^\top + b\\).
 
     It *is* an `nn.Linear` whose `weight` is the bits, so that a loader without this package fails on the shape instead
@@ -35,7 +49,7 @@ class PackedLinear(nn.Linear):
     weight_scale: Tensor
     activation_threshold: Tensor | None
     activation_levels: Tensor | None
-    FULL_PRECISION = ("weight_scale", "activation_threshold", "activation_levels")
+    FULL_PRECISION: ClassVar = ("weight_scale", "activation_threshold", "activation_levels")
 
     @classmethod
     def empty(cls, linear: nn.Linear, binary_input: bool) -> Self:
@@ -90,20 +104,11 @@ class PackedLinear(nn.Linear):
             input = _binary_input(input, self.activation_threshold, self.activation_levels)
         return nn.functional.linear(input, weight, self.bias)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `.to(torch.bfloat16)` moves scales and thresholds but must not round them: they decide on bits.
-        exact = {name: getattr(self, name) for name in self.FULL_PRECISION}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            if before is not None and getattr(self, name).dtype != torch.float32:
-                setattr(self, name, before.to(getattr(self, name).device))
-        return self
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits=1, input_bits={32 if self.activation_threshold is None else 1}"
 
 
-class BinaryInputLinear(nn.Linear):
+class BinaryInputLinear(_ExactLinear):
     """What `dequantize()` makes of a [`PackedLinear`] with binary inputs: the same outputs from a float weight.
 
     A plain `nn.Linear` would see the inputs that the packed layer does not: it would be another model. All it takes is
@@ -112,6 +117,7 @@ class BinaryInputLinear(nn.Linear):
 
     activation_threshold: Tensor
     activation_levels: Tensor
+    FULL_PRECISION: ClassVar = ("activation_threshold", "activation_levels")
 
     @classmethod
     def from_packed(cls, layer: PackedLinear) -> Self:

@@ -66,6 +66,22 @@ def test_the_table_is_never_unpacked(bits: int) -> None:
     assert largest.bytes <= 2 * 64 * 16  # two rows, in int64 at most
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits_lose_no_more_than_the_dtype_of_the_model(dtype: torch.dtype) -> None:
+    embedding = table(200, 64)
+    embedding.weight.data.mul_(1e-3)  # scales are below what float16 resolves
+    rows = PackedEmbedding.from_float(embedding, 16).to(dtype)(torch.arange(200))
+    assert rows.dtype == dtype
+    torch.testing.assert_close(rows, embedding.weight.detach().to(dtype), rtol=2**-7, atol=1e-7)
+
+
+def test_tokens_outside_of_the_table_are_refused() -> None:
+    packed = PackedEmbedding.from_float(table(), 8)
+    for token in (-1, 50):
+        with pytest.raises(IndexError):
+            packed(torch.tensor([token]))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_the_output_has_the_dtype_of_the_model(bits: int) -> None:
     packed = PackedEmbedding.from_float(table(), bits).to(torch.bfloat16)
