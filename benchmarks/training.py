@@ -9,7 +9,6 @@ whose speed drifts slows all of them alike; the table gives medians, and medians
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -116,13 +115,21 @@ def _child_peak(
     queue: Any, name: str, threads: int, model: str, batch: tuple[int, int], steps: int, *rest: Any
 ) -> None:
     torch.set_num_threads(threads)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_resident()
     variant = Variant(name, model, batch, steps, *rest)
     # Half-way the front is in the middle: frozen, mixed and soft layers.
     variant.state.global_step = steps // 2
     for _ in range(3):
         variant.step()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+    queue.put(_peak_resident() - before)
+
+
+def _peak_resident() -> float:
+    """MB of this process at its peak; by Linux's /proc, because the ru_maxrss of a child begins at its parent's."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1e3
+    return float("nan")
 
 
 def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: bool) -> list[dict[str, Any]]:
