@@ -73,6 +73,19 @@ def _soft(x: Tensor, scale: Tensor, clip: float | None, unsigned: bool, out: Ten
     torch.minimum(out, upper, out=out)
 
 
+def _mixed(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool, out: Tensor) -> None:
+    """Hard where the mask is `True`, soft elsewhere."""
+    if mask is True:
+        _hard(x, scale, unsigned, out)
+        return
+    _soft(x, scale, clip, unsigned, out)
+    if mask is not False:
+        hard = torch.empty_like(out)
+        _hard(x, scale, unsigned, hard)
+        # lerp with weights 0 and 1 returns one end or the other exactly.
+        torch.lerp(out, hard, mask.view(torch.uint8).to(x.dtype), out=out)
+
+
 def _pass_inside(grad: Tensor, x: Tensor, scale: Tensor, clip: float | None, unsigned: bool, out: Tensor) -> None:
     """The gradient of the soft value: that of the entries which are not clipped."""
     if clip is None:
@@ -95,15 +108,7 @@ class _Mix(torch.autograd.Function):
         else:
             y = x.new_empty(x.shape)  # contiguous: a compiler cannot write into another
             for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
-                if frozen is True:
-                    _hard(part, part_scale, unsigned, out)
-                    continue
-                _soft(part, part_scale, clip, unsigned, out)
-                if frozen is not False:
-                    hard = torch.empty_like(out)
-                    _hard(part, part_scale, unsigned, hard)
-                    # lerp with weights 0 and 1 returns one end or the other exactly.
-                    torch.lerp(out, hard, frozen.view(torch.uint8).to(x.dtype), out=out)
+                _mixed(part, part_scale, frozen, clip, unsigned, out)
         ctx.save_for_backward(
             x, scale, y if ctx.needs_input_grad[1] else None, mask if isinstance(mask, Tensor) else None
         )

@@ -204,8 +204,8 @@ def report(results: dict[str, Any], folder: Path, dataset: str | None, command: 
     """
     write_json(folder / "results.json", results)
     print(format_table(results["rows"]))
-    if len(results["rows"]) == 2:
-        packed = folder / "packed"
+    packed = folder / "packed"
+    if results["rows"][-1]["model"].startswith("packed"):
         source = results["recipe"]["model_name_or_path"]
         base_model = None if source is None or Path(source).exists() else source
         card = model_card(

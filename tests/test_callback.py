@@ -151,10 +151,13 @@ def test_gradient_accumulation_freezes_by_optimizer_steps(
 # --- resuming ------------------------------------------------------------------------------------------------------
 
 
+# A window begins with step 7.
+@pytest.mark.parametrize("step", [5, 6])
 @pytest.mark.parametrize(("surrogate", "progression"), [("none", "global"), ("ste", "layerwise")])
 def test_a_resumed_run_equals_the_uninterrupted_one(
     surrogate: str,
     progression: str,
+    step: int,
     make_model: MakeModel,
     make_trainer: MakeTrainer,
     make_recorder: MakeRecorder,
@@ -162,17 +165,19 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 ) -> None:
     config = {"surrogate": surrogate, "progression": progression, "refresh": 0.3, "refresh_interval": 2}
     models, recorders, logs = [], [], []
-    for checkpoint in (None, str(tmp_path / "checkpoint-5")):
+    for checkpoint in (None, str(tmp_path / f"checkpoint-{step}")):
         models.append(make_model(**config))
         recorders.append(make_recorder())
-        trainer = make_trainer(models[-1], recorders[-1], save_strategy="steps", save_steps=5)
+        trainer = make_trainer(models[-1], recorders[-1], save_strategy="steps", save_steps=step)
         trainer.train(resume_from_checkpoint=checkpoint)
         logs.append([{k: log.get(k) for k in ("step", "loss", *METRICS)} for log in trainer.state.log_history[:-1]])
     assert_same_state(*models)
-    assert list(recorders[1].masks) == list(range(6, STEPS + 1))
-    for step, masks in recorders[1].masks.items():
-        assert all(torch.equal(mask, recorders[0].masks[step][name]) for name, mask in masks.items())
-    assert 0 < sum(mask.sum() for mask in recorders[1].masks[6].values()) < sum(m.numel() for m in masks.values())
+    assert list(recorders[1].masks) == list(range(step + 1, STEPS + 1))
+    for at, masks in recorders[1].masks.items():
+        assert all(torch.equal(mask, recorders[0].masks[at][name]) for name, mask in masks.items())
+    assert (
+        0 < sum(mask.sum() for mask in recorders[1].masks[step + 1].values()) < sum(m.numel() for m in masks.values())
+    )
     assert logs[0] == logs[1]
 
 

@@ -22,10 +22,11 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack
 from hf_stompp.patching import binary_layers, packed_layers, packed_tables
-from hf_stompp.quantizer import register
+from hf_stompp.quantizer import StomppHfQuantizer, register
 
 
 @pytest.fixture
@@ -406,3 +407,5 @@ def test_trainer_resume_restores_renamed_modules(float_folder: Path) -> None:
 def test_registering_twice_does_nothing() -> None:
     register()
     register()
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["stompp"] is BinarizationConfig
+    assert AUTO_QUANTIZER_MAPPING["stompp"] is StomppHfQuantizer
