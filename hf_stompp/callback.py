@@ -12,7 +12,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear
+from hf_stompp.layers import BinaryLinear, LatentLayer
 from hf_stompp.patching import binary_layers, calibrate, frozen_fraction
 
 logger = logging.get_logger(__name__)
@@ -44,7 +44,7 @@ class StomppCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self._layers: dict[str, BinaryLinear] = {}
+        self._layers: dict[str, LatentLayer] = {}
         self._fractions: list[float] = []
         self._calibration: dict[str, Any] | None = None
         self._signs: dict[str, Tensor] = {}
@@ -64,7 +64,7 @@ class StomppCallback(TrainerCallback):
         self._set_masks(state.global_step + 1, state.max_steps)
         if self._config.activations:
             self._calibration = _calibration_batch(kwargs["train_dataloader"], args.device)
-            if not all(layer.calibrated for layer in self._layers.values()):
+            if not all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLinear)):
                 if self._calibration is None:
                     raise ValueError(
                         "There is nothing to calibrate the activation scales on: the training set is a stream, whose "

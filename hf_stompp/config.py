@@ -85,8 +85,11 @@ class BinarizationConfig(QuantizationConfigMixin):
     learn_activation_shift: bool = _flag(True, "Train a shift for each input feature of layers with signed levels.")
     replace_gelu: bool = _flag(False, "Replace the GELU that feeds a binarized layer by ReLU.")
     pooler: bool = _flag(False, "Binarize the pooler too.")
+    embeddings: bool = _flag(
+        False, "Binarize the embedding tables too, as the first unit: 1 bit an entry and a scale for each row."
+    )
     embedding_bits: Literal[32, 16, 8, 4, 1] = _flag(
-        32, "Bits of the embedding tables in the packed model: rounded when it is packed, not trained."
+        32, "Bits, in the packed model, of embedding tables that are not binarized in training: rounded when packed."
     )
     include: list[str] = _flag(
         [], "fnmatch patterns of module names: binarize these as well, whatever their role. Wins over exclude."
@@ -95,7 +98,8 @@ class BinarizationConfig(QuantizationConfigMixin):
     mask_seed: int = _flag(0, "Seed of the masks and of a random order; independent of the training seed.")
     format_version: int = _flag(FORMAT_VERSION, "Version of this schema and of the packed format.")
     modules: dict[str, Any] = field(default_factory=dict, init=False)
-    """The resolved selection, written by `binarize`: name → {"unit", "levels"}; and by `pack`, table → {"bits"}."""
+    """The resolved selection, written by `binarize`: layer → {"unit", "levels"} or table → {"unit", "bits"}; and by
+    `pack`, rounded table → {"bits"}."""
     unknown: dict[str, Any] = field(default_factory=dict, init=False)
     """Keys of a newer version that this one does not know: kept, and saved again."""
 
@@ -163,6 +167,11 @@ class BinarizationConfig(QuantizationConfigMixin):
                     f"BinarizationConfig.{name} is {getattr(self, name)!r} with progression={self.progression!r}, "
                     f'which has no order of units: leave it at {default!r}, or set progression="layerwise".'
                 )
+        if self.embeddings and not self.weights:
+            raise ValueError(
+                "BinarizationConfig has embeddings=True and weights=False: tables are weights. Set weights=True, or "
+                "embeddings=False."
+            )
         if self.mode == "packed" and not self.weights:
             raise ValueError('BinarizationConfig has mode="packed" and weights=False: only 1-bit weights are packed.')
         if not self.activations and self.activation_levels != "auto":

@@ -12,15 +12,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, PackedEmbedding, PackedLinear
-from hf_stompp.selection import activations_feeding, embedding_tables, select
+from hf_stompp.layers import BinaryEmbedding, BinaryLinear, LatentLayer, PackedEmbedding, PackedLinear
+from hf_stompp.selection import LayerPlan, activations_feeding, embedding_tables, select
 
 logger = logging.get_logger(__name__)
 
 
-def binary_layers(model: nn.Module) -> dict[str, BinaryLinear]:
-    """The latent layers of a model by name, in the order of their units."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BinaryLinear)}
+def binary_layers(model: nn.Module) -> dict[str, LatentLayer]:
+    """The latent layers and tables of a model by name, in the order of their units."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LatentLayer)}
     return dict(sorted(layers.items(), key=lambda item: item[1].unit))
 
 
@@ -45,8 +45,9 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
     """Patches a loaded model in place for binarization: the same model as `from_pretrained(...,
     quantization_config=config)` gives.
 
-    The selected `nn.Linear` layers become [`BinaryLinear`] around the same parameters, all soft; nothing is frozen
-    until [`StomppCallback`] does it. The resolved selection is written into `model.config.quantization_config`.
+    The selected layers become [`BinaryLinear`] and [`BinaryEmbedding`] around the same parameters, all soft; nothing
+    is frozen until [`StomppCallback`] does it. The resolved selection is written into
+    `model.config.quantization_config`.
 
     Args:
         model (`PreTrainedModel`): A full-precision model, with or without a head.
@@ -77,17 +78,26 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
         replace_gelu(model, {plan.name for plan in plans})
     for plan in plans:
         assert plan.unit is not None
-        layer = BinaryLinear.from_float(
-            model.get_submodule(plan.name), config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned
-        )
+        module = model.get_submodule(plan.name)
+        layer: LatentLayer
+        if isinstance(module, nn.Embedding):
+            layer = BinaryEmbedding.from_float(module, config, key=plan.key, unit=plan.unit)
+        else:
+            layer = BinaryLinear.from_float(module, config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned)
         model.set_submodule(plan.name, layer)
-    levels = {True: "unsigned", False: "signed"} if config.activations else {True: None, False: None}
-    config.modules = {plan.key: {"unit": plan.unit, "levels": levels[plan.unsigned]} for plan in plans}
+    config.modules = {plan.key: _entry(plan, config) for plan in plans}
     model.config.quantization_config = config
     # Masks are the same on every rank by construction: DDP need not send them.
     masks = [f"{plan.name}.{mask}" for plan in plans for mask in ("weight_mask", "activation_mask")]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *masks]
     return model
+
+
+def _entry(plan: LayerPlan, config: BinarizationConfig) -> dict[str, Any]:
+    """What `config.modules` says of a binarized layer."""
+    if plan.role == "embedding":
+        return {"unit": plan.unit, "bits": 1}
+    return {"unit": plan.unit, "levels": ("unsigned" if plan.unsigned else "signed") if config.activations else None}
 
 
 def replace_gelu(model: PreTrainedModel, names: set[str]) -> None:
@@ -138,8 +148,13 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
             x = x[mask.bool()]
         _calibrate_layer(layer, x.reshape(-1, layer.in_features))
 
-    layers = [layer for layer in binary_layers(model).values() if units is None or layer.unit in units]
-    layers = [layer for layer in layers if layer.activation_scale is not None]
+    layers = [
+        layer
+        for layer in binary_layers(model).values()
+        if isinstance(layer, BinaryLinear)
+        and layer.activation_scale is not None
+        and (units is None or layer.unit in units)
+    ]
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     training = model.training
     try:
@@ -186,8 +201,8 @@ def pack(
         model (`PreTrainedModel`): A binarized model whose every entry is frozen, as after a finished training run. A
             wrapper of DDP, mixed precision or `torch.compile` around it is taken off.
         embedding_bits (`int`, *optional*): 32, 16, 8, 4 or 1 bits an entry of the embedding tables, with a scale for
-            each row (see [`~packing.quantize_rows`]); by default what the model's config says. A table that is tied to
-            the output layer stays as it is.
+            each row (see [`~packing.quantize_rows`]); by default what the model's config says. A table that was
+            binarized in training has 1 bit in any case, one that is tied to the output layer stays as it is.
         dtype (`torch.dtype`, *optional*): Of everything that is neither packed nor decides on bits: norms, biases,
             heads. By default it is not changed.
 
@@ -223,7 +238,7 @@ def pack(
 
 def pack_modules(
     model: PreTrainedModel,
-    layers: Mapping[str, BinaryLinear],
+    layers: Mapping[str, LatentLayer],
     tables: Mapping[str, nn.Embedding],
     config: BinarizationConfig,
 ) -> BinarizationConfig:
@@ -232,7 +247,10 @@ def pack_modules(
     config = copy.deepcopy(config)
     base = "" if model.base_model is model else model.base_model_prefix + "."
     for name, layer in layers.items():
-        model.set_submodule(name, PackedLinear.from_binary(layer))
+        if isinstance(layer, BinaryEmbedding):
+            model.set_submodule(name, PackedEmbedding.from_binary(layer))
+        elif isinstance(layer, BinaryLinear):
+            model.set_submodule(name, PackedLinear.from_binary(layer))
     for name, table in tables.items():
         if not table.weight.isfinite().all():
             raise ValueError(f"{name}.weight holds values that are not finite: the table cannot be packed.")
@@ -268,7 +286,8 @@ def tables_to_pack(model: PreTrainedModel, config: BinarizationConfig) -> dict[s
     for name, reason in reasons.items():
         if reason:
             logger.warning(f"{name} stays in full precision: {reason}.")
-    return {name: model.get_submodule(name) for name, reason in reasons.items() if not reason}
+    tables = {name: model.get_submodule(name) for name, reason in reasons.items() if not reason}
+    return {name: table for name, table in tables.items() if not isinstance(table, BinaryEmbedding)}
 
 
 def _mark_packed(model: PreTrainedModel, config: BinarizationConfig) -> None:
@@ -300,10 +319,13 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     latent = copy.deepcopy(model)
     base = "" if model.base_model is model else model.base_model_prefix + "."
     for name, layer in layers.items():
-        key = name.removeprefix(base)
-        latent.set_submodule(name, _to_binary(layer, config, key))
-    for name, table in packed_tables(model).items():
-        latent.set_submodule(name, table.to_float())
+        latent.set_submodule(name, _to_binary(layer, config, name.removeprefix(base)))
+    for name, packed in packed_tables(model).items():
+        table, key = packed.to_float(), name.removeprefix(base)
+        if key in config.modules:
+            table = BinaryEmbedding.from_float(table, config, key=key, unit=config.modules[key]["unit"])
+            table.set_frozen(1.0, step=0)
+        latent.set_submodule(name, table)
     latent.hf_quantizer.remove_quantization_config(latent)
     latent.config.quantization_config = config
     latent.config._is_quantized = False

@@ -84,9 +84,8 @@ class StomppHfQuantizer(HfQuantizer):
             replace_gelu(model, set(linears))
         for name, binary_input in linears.items():
             model.set_submodule(name, PackedLinear.empty(model.get_submodule(name), binary_input))
-        for name in tables:
-            table = PackedEmbedding.empty(model.get_submodule(name), self.quantization_config.embedding_bits)
-            model.set_submodule(name, table)
+        for name, bits in tables.items():
+            model.set_submodule(name, PackedEmbedding.empty(model.get_submodule(name), bits))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.quantization_config.mode == "packed" and self.pre_quantized:
@@ -160,7 +159,7 @@ def _fill_added(name: str, layer: nn.Module, missing_allowed: bool) -> None:
         "calibrated": False,
     }
     for key, value in start.items():
-        tensor = getattr(layer, key)
+        tensor = getattr(layer, key, None)
         if tensor is None or getattr(tensor, "_is_hf_initialized", False):
             continue
         if not missing_allowed:
@@ -170,29 +169,35 @@ def _fill_added(name: str, layer: nn.Module, missing_allowed: bool) -> None:
 
 def _packed_modules(
     model: PreTrainedModel, files: list[str] | None, config: BinarizationConfig
-) -> tuple[dict[str, bool], list[str]]:
+) -> tuple[dict[str, bool], dict[str, int]]:
     """The linears of `model` that are packed in the checkpoint, and whether their inputs are binary; and the embedding
-    tables that are packed.
+    tables that are packed, and in how many bits, which only the config says.
 
     They are found by the checkpoint's own keys, renamed as transformers renames them, so that a backbone loads from
     the checkpoint of a model with a head and the reverse.
     """
     base = "" if model.base_model is model else model.base_model_prefix + "."
-    listed, listed_tables = {}, []
+    listed: dict[str, bool] = {}
+    tables: dict[str, int] = {}
     for key, entry in config.modules.items():
         kind = nn.Embedding if "bits" in entry else nn.Linear
         name = next((n for n in (base + key, key) if _is_module(model, n, kind)), None)
         if name is not None and kind is nn.Embedding:
-            listed_tables.append(name)
+            tables[name] = entry["bits"]
         elif name is not None:
             listed[name] = entry["levels"] is not None
     if not files or not all(file.endswith(".safetensors") for file in files):
-        return listed, listed_tables
+        return listed, tables
     present, found = _checkpoint_tensors(model, files)
-    _check_all_present(model, present, [f"{name}.weight" for name in [*listed, *listed_tables] if name not in found])
+    _check_all_present(model, present, [f"{name}.weight" for name in [*listed, *tables] if name not in found])
     for name, tensors in found.items():
-        _check_layout(name, model.get_submodule(name), tensors, config.embedding_bits)
-    tables = [name for name in found if isinstance(model.get_submodule(name), nn.Embedding)]
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding) and name not in tables:
+            raise ValueError(
+                f"The packed checkpoint has a packed table {name}, but quantization_config.modules in its config.json "
+                "does not list it with its bits: one of the two is corrupted. Save or download it again."
+            )
+        _check_layout(name, module, tensors, tables.get(name, 1))
     return {name: "activation_threshold" in found[name] for name in found if name not in tables}, tables
 
 
@@ -255,11 +260,11 @@ def _checkpoint_tensors(
 
 
 def _layout(
-    module: nn.Linear | nn.Embedding, binary_input: bool, embedding_bits: int
+    module: nn.Linear | nn.Embedding, binary_input: bool, bits: int
 ) -> dict[str, tuple[str | None, list[int]]]:
     """Tensor → (dtype, shape) of a packed module; no dtype is any float."""
     if isinstance(module, nn.Embedding):
-        rows, bits = module.num_embeddings, embedding_bits
+        rows = module.num_embeddings
         return {"weight": ("U8", [rows, packed_length(module.embedding_dim, bits)]), "weight_scale": ("F32", [rows])}
     n, k = module.out_features, module.in_features
     layout: dict[str, tuple[str | None, list[int]]] = {
@@ -274,11 +279,11 @@ def _layout(
 
 
 def _check_layout(
-    name: str, module: nn.Linear | nn.Embedding, tensors: dict[str, tuple[str, list[int]]], embedding_bits: int
+    name: str, module: nn.Linear | nn.Embedding, tensors: dict[str, tuple[str, list[int]]], bits: int
 ) -> None:
     """Refuses a packed module with a missing tensor, or one of another type or shape than the format's."""
     binary_input = bool({"activation_threshold", "activation_levels"} & set(tensors))
-    layout = _layout(module, binary_input, embedding_bits)
+    layout = _layout(module, binary_input, bits)
     for tensor, (dtype, shape) in layout.items():
         if tensor not in tensors:
             raise ValueError(

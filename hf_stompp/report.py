@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, PackedEmbedding, PackedLinear
+from hf_stompp.layers import BinaryEmbedding, BinaryLinear, PackedEmbedding, PackedLinear
 from hf_stompp.packing import packed_length
 from hf_stompp.patching import frozen_fraction, packed_layers
 from hf_stompp.selection import LayerPlan, embedding_tables, select
@@ -128,16 +128,18 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
     recorded = getattr(model.config, "quantization_config", None)
     config = recorded if isinstance(recorded, BinarizationConfig) else config or BinarizationConfig()
     rows, counted = [], set()
-    for plan in select(model, config):
+    plans = {plan.name: plan for plan in select(model, config)}
+    for plan in plans.values():
         layer = model.get_submodule(plan.name)
-        assert isinstance(layer, nn.Linear)
-        counted |= {id(tensor) for tensor in layer.parameters()}
-        rows.append(_layer_row(plan, layer, config))
+        if isinstance(layer, nn.Linear):
+            counted |= {id(tensor) for tensor in layer.parameters()}
+            rows.append(_layer_row(plan, layer, config))
     rest = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in counted}
     reasons = embedding_tables(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and rest.pop(id(module.weight), False):
-            rows.append(_table_row(name, module, config.embedding_bits, reasons.get(name, "not executed")))
+            plan = plans.get(name, LayerPlan(name, name, "embedding", skipped="not executed"))
+            rows.append(_table_row(plan, module, config.embedding_bits if reasons.get(name) == "" else 32))
     rows.append(_rest_row("norms and others", (p for _, p in rest.values())))
     frozen = 1.0 if packed_layers(model) else frozen_fraction(model)
     return Summary(type(model).__name__, tuple(rows), frozen)
@@ -174,16 +176,31 @@ def _layer_row(plan: LayerPlan, layer: nn.Linear, config: BinarizationConfig) ->
     )
 
 
-def _table_row(name: str, table: nn.Embedding, bits: int, reason: str) -> LayerSummary:
-    """A table's row; a packed one has bits already, whatever the config says of others."""
-    rows, entries = table.num_embeddings, table.num_embeddings * table.embedding_dim
-    packed = isinstance(table, PackedEmbedding) or (not reason and bits < 32)
-    reason = "" if packed else reason or "embedding_bits=32"
-    size = table.weight.element_size() * entries
-    if packed:
-        size = rows * packed_length(table.embedding_dim, bits) + 4 * rows
-    width = bits if packed else 8 * table.weight.element_size()
-    return LayerSummary(name, "embedding", None, width, 32, "", None, entries, 4 * entries, size, reason)
+def _table_row(plan: LayerPlan, table: nn.Embedding, bits: int) -> LayerSummary:
+    """A table's row; one that is not binarized in training is rounded to `bits` when it is packed. A packed one has
+    its bits already, whatever the config says of others."""
+    kept, fraction = "", table.fraction if isinstance(table, BinaryEmbedding) else 0.0
+    if isinstance(table, PackedEmbedding):
+        bits, fraction = table.bits, 1.0
+    elif not plan.skipped:
+        bits = 1
+    elif bits == 32:
+        bits, kept = 8 * table.weight.element_size(), f"{plan.skipped}, embedding_bits=32"
+    entries = table.num_embeddings * table.embedding_dim
+    scales = 0 if kept else 4 * table.num_embeddings
+    return LayerSummary(
+        name=plan.name,
+        role="embedding",
+        unit=plan.unit,
+        weight_bits=bits,
+        input_bits=32,
+        levels="",
+        frozen=None if plan.skipped else fraction,
+        parameters=entries,
+        float_bytes=4 * entries,
+        packed_bytes=table.num_embeddings * packed_length(table.embedding_dim, bits) + scales,
+        skipped=kept,
+    )
 
 
 def _rest_row(name: str, tensors: Iterable[Tensor]) -> LayerSummary:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, PackedEmbedding, PackedLinear
+from hf_stompp.layers import BinaryEmbedding, BinaryLinear, PackedEmbedding, PackedLinear
 
 LINEARS = (nn.Linear, BinaryLinear, PackedLinear)
-TABLES = (nn.Embedding, PackedEmbedding)
+TABLES = (nn.Embedding, BinaryEmbedding, PackedEmbedding)
 _ACTIVATION_MODULES = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 _HALF_RECTIFIED = {
     "ReLU",
@@ -49,12 +49,12 @@ _SAME_VALUES_OPS = {
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What happens to one linear layer.
+    """What happens to one linear layer or embedding table.
 
     Attributes:
         name (`str`): Name of the module in the model.
         key (`str`): Its name inside the base model, the same with and without a head.
-        role (`str`): `encoder`, `head`, `pooler`, `stem`, `tied` or `unused`.
+        role (`str`): `encoder`, `embedding`, `head`, `pooler`, `stem`, `tied` or `unused`.
         unit (`int`, *optional*): Place of its unit in execution order, from 0; `None` if it stays in full precision.
         unsigned (`bool`): Whether its input is the output of a ReLU, GELU, softmax or the like.
         skipped (`str`): Why it stays in full precision; empty if it is binarized.
@@ -165,10 +165,14 @@ def activations_feeding(model: PreTrainedModel, names: set[str]) -> list[str]:
 
 
 def embedding_tables(model: PreTrainedModel) -> dict[str, str]:
-    """Every embedding table that the base model looks rows up in, and why it stays in full precision, if it must."""
+    """Every embedding table that the base model looks rows up in, and why it must stay in full precision, if so."""
+    return _tables(model, _trace(model))
+
+
+def _tables(model: PreTrainedModel, trace: _Trace) -> dict[str, str]:
     tied, width = _tied(model), model.get_input_embeddings().embedding_dim
     reasons = {}
-    for call in _trace(model).tables:
+    for call in trace.tables:
         table = model.get_submodule(call.name)
         if type(table) not in TABLES or table.max_norm is not None:
             reasons[call.name] = "a table with rules of its own"
@@ -209,6 +213,7 @@ def _tied(model: PreTrainedModel) -> set[str]:
 
 _SKIPPED = {
     "head": "outside the base model",
+    "embedding": "embeddings=False",
     "pooler": "pooler=False",
     "stem": "projects the embeddings",
     "tied": "its weight is tied to another tensor",
@@ -227,27 +232,29 @@ def _check_patterns(plans: list[LayerPlan], config: BinarizationConfig) -> None:
                 names = ", ".join(plan.name for plan in plans[:8])
                 raise ValueError(
                     f"BinarizationConfig.{field} has the pattern {pattern!r}, which matches none of the {len(plans)} "
-                    f"linear layers: {names}{', …' if len(plans) > 8 else ''}."
+                    f"linear layers and embedding tables: {names}{', …' if len(plans) > 8 else ''}."
                 )
 
 
 def _decide(plan: LayerPlan, config: BinarizationConfig) -> LayerPlan:
-    """Fills in why a layer is skipped, if it is."""
+    """Fills in why a layer is skipped, if it is and it is not known yet."""
     if _matches_any(plan, config.include):
-        if plan.role in ("tied", "unused"):
-            raise ValueError(
-                f"BinarizationConfig.include selects {plan.name!r}, which cannot be binarized: {_SKIPPED[plan.role]}."
-            )
+        reason = plan.skipped or (_SKIPPED[plan.role] if plan.role in ("tied", "unused") else "")
+        if reason:
+            raise ValueError(f"BinarizationConfig.include selects {plan.name!r}, which cannot be binarized: {reason}.")
+        return plan
+    if plan.skipped:
         return plan
     if _matches_any(plan, config.exclude):
         return replace(plan, skipped="exclude")
-    if plan.role == "pooler" and config.pooler:
+    if (plan.role == "pooler" and config.pooler) or (plan.role == "embedding" and config.embeddings):
         return plan
     return replace(plan, skipped=_SKIPPED.get(plan.role, ""))
 
 
 def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan]:
-    """Plans every linear layer of the model: in execution order first, then those outside of the base model.
+    """Plans every embedding table and linear layer of the model: tables, then in execution order, then those outside
+    of the base model. All tables are one unit, the first: together they make the input of the first layer.
 
     Raises:
         ValueError: Nothing is selected, a pattern matches nothing, a tied or unused layer is asked for by name, or
@@ -260,7 +267,10 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
     base = "" if model.base_model is model else model.base_model_prefix + "."
     executed = list(units)
     others = [n for n, m in model.named_modules(remove_duplicate=False) if type(m) in LINEARS and n not in units]
-    plans = []
+    plans = [
+        LayerPlan(name, name.removeprefix(base), "embedding", -1, skipped=reason)
+        for name, reason in _tables(model, trace).items()
+    ]
     for name in executed + others:
         if type(model.get_submodule(name)) not in LINEARS:
             continue
@@ -282,8 +292,9 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
     plans = [_decide(plan, config) for plan in plans]
     if all(plan.skipped for plan in plans):
         raise ValueError(
-            f"BinarizationConfig selects none of the {len(plans)} linear layers of {type(model).__name__} (include="
-            f"{config.include}, exclude={config.exclude}). Only nn.Linear layers are binarized; GPT-2's Conv1D is not."
+            f"BinarizationConfig selects none of the {len(plans)} linear layers and embedding tables of "
+            f"{type(model).__name__} (include={config.include}, exclude={config.exclude}). Only nn.Linear layers are "
+            "binarized; GPT-2's Conv1D is not."
         )
     return _number_units(plans)
 

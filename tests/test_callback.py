@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, default_data_collator
 
 from hf_stompp import BinarizationConfig, binarize, calibrate
+from hf_stompp.layers import BinaryEmbedding
 from hf_stompp.patching import binary_layers, frozen_fraction
 
 MakeModel = Callable[..., PreTrainedModel]
@@ -47,6 +48,7 @@ def assert_same_state(a: PreTrainedModel, b: PreTrainedModel) -> None:
         {"progression": "global", "refresh": 0.2, "refresh_interval": 3, "curve": "cubic", "surrogate": "none"},
         {"progression": "none"},
         {"progression_end": 1.0, "activations": False},
+        {"embeddings": True, "surrogate": "none"},
         {"progression_start": 0.3, "progression_end": 0.7, "weights": False},
     ],
     ids=str,
@@ -62,6 +64,10 @@ def test_at_the_end_every_entry_is_frozen(
     assert trainer.state.log_history[-2]["frozen_fraction"] == 1.0
     for layer in binary_layers(model).values():
         assert layer.weight_mask.all()
+        if isinstance(layer, BinaryEmbedding):
+            rows = layer(torch.arange(1, layer.num_embeddings))
+            assert all(len(row.abs().unique()) == 1 for row in rows)
+            continue
         assert layer.activation_mask.all()
         if layer.config.weights:
             values = [row.unique().numel() for row in layer.effective_weight()]

@@ -32,6 +32,7 @@ NOT_DEFAULT = {
     "learn_activation_shift": False,
     "replace_gelu": True,
     "pooler": True,
+    "embeddings": True,
     "embedding_bits": 8,
     "include": ["a.*", "b"],
     "exclude": ["*.query"],
@@ -43,7 +44,15 @@ STRINGS = ["mode", "surrogate", "progression", "order", "curve", "scale", "activ
 FLOATS = ["overlap", "progression_start", "progression_end", "refresh", "clip"]
 INTS = ["refresh_interval", "mask_seed", "format_version", "embedding_bits"]
 LISTS = ["include", "exclude"]
-BOOLS = ["weights", "activations", "learn_activation_scale", "learn_activation_shift", "replace_gelu", "pooler"]
+BOOLS = [
+    "weights",
+    "activations",
+    "learn_activation_scale",
+    "learn_activation_shift",
+    "replace_gelu",
+    "pooler",
+    "embeddings",
+]
 WRONG_TYPES = [
     *((name, value) for name in STRINGS for value in (1, None, True, ["channel"])),
     *((name, value) for name in FLOATS for value in ("1.0", [1.0], True)),
@@ -91,6 +100,7 @@ WRONG_COMBINATIONS = {
         ["progression", "surrogate", '"ste"'],
     ),
     "never trained": ({"progression": "none", "surrogate": "none"}, ["progression", "surrogate", '"ste"']),
+    "tables without weights": ({"embeddings": True, "weights": False}, ["embeddings", "weights"]),
     "packed without weights": ({"mode": "packed", "weights": False}, ["mode", "weights"]),
     "levels without activations": (
         {"activations": False, "activation_levels": "signed"},

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack, summary, unpack
-from hf_stompp.layers import BinaryLinear, PackedLinear
+from hf_stompp.layers import BinaryEmbedding, BinaryLinear, PackedLinear
 from hf_stompp.patching import binary_layers, packed_layers, packed_tables
 
 VARIANTS = {
@@ -18,6 +19,7 @@ VARIANTS = {
     "w1a32": BinarizationConfig(activations=False),
     "tensor-scale": BinarizationConfig(scale="tensor", learn_activation_shift=False),
     "no-scale": BinarizationConfig(scale="none", activation_levels="signed"),
+    "tables": BinarizationConfig(embeddings=True),
 }
 
 
@@ -36,9 +38,10 @@ def frozen_model(model: PreTrainedModel, batch: dict, config: BinarizationConfig
     with torch.no_grad():
         for layer in binary_layers(model).values():
             layer.weight[0, :3] = torch.tensor([0.0, -0.0, 1e-30])
-            for learned in (layer.bias, layer.activation_shift):
-                if learned is not None:
-                    learned += 0.1 * torch.randn(learned.shape, generator=generator)
+            for learned in ("bias", "activation_shift"):
+                tensor = getattr(layer, learned, None)
+                if tensor is not None:
+                    tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
     return freeze(model)
 
 
@@ -48,7 +51,8 @@ def test_packed_logits_equal_the_frozen_latent_ones(
 ) -> None:
     latent = frozen_model(tiny_model(architecture), tiny_batch(), config)
     packed = pack(latent)
-    assert len(packed_layers(packed)) == len(binary_layers(latent)) and not binary_layers(packed)
+    assert (packed_layers(packed) | packed_tables(packed)).keys() == binary_layers(latent).keys()
+    assert not binary_layers(packed)
     for size, length in ((1, 5), (3, 9), (8, 17)):
         batch = tiny_batch(size=size, length=length, seed=size)
         with torch.no_grad():
@@ -211,6 +215,24 @@ def test_the_config_says_how_many_bits_a_table_gets(tiny_model: Callable, tiny_b
     assert not packed_tables(pack(latent, embedding_bits=32))
     with pytest.raises(ValueError, match=r"embedding_bits is 3; allowed: .*32, 16, 8, 4, 1"):
         pack(latent, embedding_bits=3)
+
+
+def test_a_table_of_the_training_has_one_bit_beside_rounded_ones(
+    tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+) -> None:
+    batch, word = tiny_batch(), "bert.embeddings.word_embeddings"
+    latent = frozen_model(tiny_model("bert"), batch, BinarizationConfig(include=["*.word_embeddings"]))
+    packed = pack(latent, embedding_bits=8)
+    bits = {name: table.bits for name, table in packed_tables(packed).items()}
+    assert bits == {name: 1 if name == word else 8 for name in bits} and len(bits) == 3
+    again = unpack(packed)
+    assert isinstance(again.get_submodule(word), BinaryEmbedding) and again.get_submodule(word).fraction == 1
+    assert type(again.bert.embeddings.position_embeddings) is torch.nn.Embedding
+    packed.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, packed(**batch).logits)
+        torch.testing.assert_close(again(**batch).logits, packed(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
 def test_a_table_tied_to_the_output_layer_stays(tiny_model: Callable, tiny_batch: Callable) -> None:

@@ -66,13 +66,13 @@ def assert_same_tensors(a: torch.nn.Module, b: torch.nn.Module) -> None:
 
 def test_from_pretrained_gives_the_model_of_binarize(architecture: str, tiny_model: Callable, tmp_path: Path) -> None:
     tiny_model(architecture).save_pretrained(tmp_path)
-    config = BinarizationConfig(replace_gelu=True)
+    config = BinarizationConfig(replace_gelu=True, embeddings=True)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)
     patched = binarize(AutoModelForSequenceClassification.from_pretrained(tmp_path), config)
     assert_same_tensors(loaded, patched)
     assert dict(loaded.config.quantization_config) == dict(patched.config.quantization_config)
-    assert {n: (m.key, m.unit, m.unsigned) for n, m in binary_layers(loaded).items()} == {
-        n: (m.key, m.unit, m.unsigned) for n, m in binary_layers(patched).items()
+    assert {n: (m.key, m.unit, getattr(m, "unsigned", None)) for n, m in binary_layers(loaded).items()} == {
+        n: (m.key, m.unit, getattr(m, "unsigned", None)) for n, m in binary_layers(patched).items()
     }
     assert str(loaded) == str(patched)
     assert not getattr(loaded, "hf_quantizer", None) and not loaded.is_quantized  # an ordinary, trainable model
@@ -85,13 +85,15 @@ def test_config_as_a_dict(float_folder: Path) -> None:
 
 
 def test_latents_stay_float32_in_a_half_precision_model(float_folder: Path, tiny_batch: Callable) -> None:
+    config = BinarizationConfig(embeddings=True)
     model = BertForSequenceClassification.from_pretrained(
-        float_folder, dtype=torch.bfloat16, quantization_config=BinarizationConfig()
+        float_folder, dtype=torch.bfloat16, quantization_config=config
     )
     for layer in binary_layers(model).values():
-        kept = (layer.weight, layer.activation_scale, layer.frozen_fraction)
+        kept = (layer.weight, layer.frozen_fraction, getattr(layer, "activation_scale", layer.weight))
         assert {tensor.dtype for tensor in kept} == {torch.float32}
-    patched = binarize(BertForSequenceClassification.from_pretrained(float_folder, dtype=torch.bfloat16))
+    assert model.bert.embeddings(torch.tensor([[1, 2]])).dtype == torch.bfloat16
+    patched = binarize(BertForSequenceClassification.from_pretrained(float_folder, dtype=torch.bfloat16), config)
     assert {layer.weight.dtype for layer in binary_layers(patched).values()} == {torch.float32}
     assert model.classifier.weight.dtype == torch.bfloat16
     assert model(**tiny_batch()).logits.isfinite().all()
@@ -100,7 +102,7 @@ def test_latents_stay_float32_in_a_half_precision_model(float_folder: Path, tiny
 def test_latent_checkpoint_reloads_with_its_masks(
     architecture: str, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
 ) -> None:
-    model = binarize(tiny_model(architecture), BinarizationConfig(refresh=0.3))
+    model = binarize(tiny_model(architecture), BinarizationConfig(refresh=0.3, embeddings=True))
     calibrate(model, tiny_batch())
     for layer in binary_layers(model).values():
         layer.set_frozen(0.4, step=7)
@@ -108,8 +110,8 @@ def test_latent_checkpoint_reloads_with_its_masks(
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert_same_tensors(model, again)
     for name, layer in binary_layers(model).items():
-        assert torch.equal(layer.weight_mask, again.get_submodule(name).weight_mask)
-        assert torch.equal(layer.activation_mask, again.get_submodule(name).activation_mask)
+        for kind in layer.MASKS:
+            assert torch.equal(getattr(layer, f"{kind}_mask"), getattr(again.get_submodule(name), f"{kind}_mask"))
         assert 0 < layer.weight_mask.sum() < layer.weight_mask.numel()
 
 
@@ -127,11 +129,13 @@ def test_packed_checkpoint_round_trip_is_byte_identical(
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("bits", [16, 8, 4, 1])
+@pytest.mark.parametrize(
+    "tables", [{"embeddings": True}, *({"embedding_bits": bits} for bits in (16, 8, 4, 1))], ids=str
+)
 def test_small_embeddings_make_the_round_trip(
-    bits: int, dtype: torch.dtype | None, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+    tables: dict, dtype: torch.dtype | None, tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
 ) -> None:
-    config = BinarizationConfig(embedding_bits=bits)
+    config = BinarizationConfig(**tables)
     packed = save_packed(tiny_model("bert"), tiny_batch(), tmp_path / "a", config, dtype)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")
     assert again.dtype == (dtype or torch.float32)
@@ -163,6 +167,17 @@ def test_broken_tables_are_refused_by_name(
     save_packed(tiny_model("bert"), tiny_batch(), tmp_path, BinarizationConfig(embedding_bits=4))
     change_tensors(tmp_path, change)
     with pytest.raises(ValueError, match=r"embeddings\.(word_embeddings|LayerNorm\.weight)"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_packed_table_that_the_config_does_not_list_is_refused(
+    tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+) -> None:
+    save_packed(tiny_model("bert"), tiny_batch(), tmp_path, BinarizationConfig(embeddings=True))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["modules"]["embeddings.word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"table bert.embeddings.word_embeddings.* does not list it with its bits"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 

@@ -29,9 +29,11 @@ def test_counts_of_a_bert(tiny_model: Callable) -> None:
         assert (row.role, row.parameters, row.packed_bytes) == ("embedding", 32 * entries, 4 * 32 * entries)
 
 
-@pytest.mark.parametrize("embedding_bits", [32, 8, 1])
-def test_it_is_the_same_before_during_and_after(embedding_bits: int, tiny_model: Callable, tmp_path: Path) -> None:
-    config = BinarizationConfig(exclude=["*.query"], pooler=True, embedding_bits=embedding_bits)
+@pytest.mark.parametrize(
+    "tables", [{"embedding_bits": 32}, {"embedding_bits": 8}, {"embedding_bits": 1}, {"embeddings": True}], ids=str
+)
+def test_it_is_the_same_before_during_and_after(tables: dict, tiny_model: Callable, tmp_path: Path) -> None:
+    config = BinarizationConfig(exclude=["*.query"], pooler=True, **tables)
     before = summary(tiny_model("bert"), config)
     model = binarize(tiny_model("bert"), config)
     for layer in binary_layers(model).values():
@@ -57,6 +59,16 @@ def test_the_printed_table(tiny_model: Callable) -> None:
     assert "distilbert.transformer.layer.0.attention.q_lin" in text and " 50% " in text
     assert text.count("exclude") == 2 and "kept because" in text
     assert "x smaller when packed" in text.splitlines()[-1]
+
+
+def test_why_a_table_stays(tiny_model: Callable) -> None:
+    config = BinarizationConfig(embeddings=True, exclude=["*.position_embeddings"])
+    rows = {row.name.split(".")[-1]: row for row in summary(tiny_model("bert"), config).rows}
+    assert rows["position_embeddings"].skipped == "exclude, embedding_bits=32"
+    word = rows["word_embeddings"]
+    assert (word.unit, word.weight_bits, word.frozen, word.skipped) == (0, 1, 0.0, "")
+    assert word.packed_bytes == 60 * (32 // 8 + 4)
+    assert rows["query"].unit == 5  # of the second block: four units in the first, after the tables
 
 
 @pytest.mark.parametrize("config", [BinarizationConfig(activations=False)], ids=["w1a32"])

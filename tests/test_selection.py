@@ -87,6 +87,19 @@ KEPT: dict[str, dict[str, dict[str, str]]] = {
 """Head → architecture → the linears that stay in full precision, with their roles."""
 
 
+TABLES = dict.fromkeys(ENCODERS, ("word", "position", "token_type")) | {
+    "distilbert": ("word", "position"),
+    "deberta-v2": ("word", "position"),
+    "deberta-v2-shared": ("word", "position"),
+}
+"""Architecture → its embedding tables; DeBERTa's relative positions are looked up in no forward of a table."""
+
+
+def tables(architecture: str) -> set[str]:
+    base = ENCODERS[architecture][0].split(".")[0]
+    return {f"{base}.embeddings.{name}_embeddings" for name in TABLES[architecture]}
+
+
 def encoder_units(architecture: str) -> list[list[str]]:
     base, blocks, units = ENCODERS[architecture]
     return [[f"{base}.{block}.{name}" for name in unit] for block in blocks for unit in units]
@@ -116,16 +129,40 @@ def test_units_roles_and_levels(architecture: str, head: str, tiny_model: ModelF
     expected = encoder_units(architecture)
     assert units_of(plans) == expected
     kept = KEPT[head][architecture] | _STEMS.get(architecture, {})
+    kept |= dict.fromkeys(tables(architecture), "embedding")
     assert {plan.name: plan.role for plan in plans if plan.skipped} == kept
     assert all(plan.role == "encoder" for plan in plans if not plan.skipped)
     assert [plan.name for plan in plans if plan.unsigned] == after_activation(architecture)
 
 
-def test_every_linear_of_the_model_has_one_plan(architecture: str, tiny_model: ModelFactory) -> None:
+def test_every_linear_and_table_of_the_model_has_one_plan(architecture: str, tiny_model: ModelFactory) -> None:
     model = tiny_model(architecture, "MaskedLM")
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     names = [plan.name for plan in select(model, BinarizationConfig())]
-    assert sorted(names) == sorted(linears)
+    assert sorted(names) == sorted(linears | tables(architecture))
+
+
+def test_tables_are_the_first_unit(architecture: str, tiny_model: ModelFactory) -> None:
+    units = units_of(select(tiny_model(architecture), BinarizationConfig(embeddings=True)))
+    assert set(units[0]) == tables(architecture)
+    assert units[1:] == encoder_units(architecture)
+
+
+def test_a_single_table(tiny_model: ModelFactory) -> None:
+    word, position, kind = (f"bert.embeddings.{name}_embeddings" for name in ("word", "position", "token_type"))
+    units = units_of(select(tiny_model("bert"), BinarizationConfig(include=["*.word_embeddings"])))
+    assert units == [[word], *encoder_units("bert")]
+    plans = select(tiny_model("bert"), BinarizationConfig(embeddings=True, exclude=["*.word_embeddings"]))
+    assert set(units_of(plans)[0]) == {position, kind}
+    assert {plan.name: plan.skipped for plan in plans}[word] == "exclude"
+
+
+def test_a_tied_table_stays(tiny_model: ModelFactory) -> None:
+    model, word = tiny_model("bert", "MaskedLM"), "bert.embeddings.word_embeddings"
+    plans = {plan.name: plan for plan in select(model, BinarizationConfig(embeddings=True))}
+    assert plans[word].unit is None and "tied" in plans[word].skipped
+    with pytest.raises(ValueError, match=r"include selects 'bert.embeddings.word_embeddings'.* tied to another"):
+        select(model, BinarizationConfig(include=[word]))
 
 
 def test_the_order_is_that_of_a_real_forward(
@@ -211,12 +248,12 @@ def test_a_stem_can_be_included(tiny_model: ModelFactory) -> None:
 @pytest.mark.parametrize("field", ["include", "exclude"])
 def test_a_pattern_that_matches_nothing_is_refused(field: str, tiny_model: ModelFactory) -> None:
     config = BinarizationConfig(**{field: ["*.output.dense", "*.querry"]})
-    with pytest.raises(ValueError, match=rf"BinarizationConfig\.{field} .*'\*\.querry'.* none of the 14 linear"):
+    with pytest.raises(ValueError, match=rf"BinarizationConfig\.{field} .*'\*\.querry'.* none of the 17 linear"):
         select(tiny_model("bert"), config)
 
 
 def test_selecting_nothing_is_refused(tiny_model: ModelFactory) -> None:
-    with pytest.raises(ValueError, match=r"selects none of the 14 linear layers of BertForSequenceClassification"):
+    with pytest.raises(ValueError, match=r"selects none of the 17 linear layers and embedding tables of BertForSeq"):
         select(tiny_model("bert"), BinarizationConfig(exclude=["*"]))
 
 

@@ -1,6 +1,6 @@
-"""The latent layer: full-precision weights under a mask that says which entries are already binary."""
+"""The latent linear layer: weights and inputs that are soft in part and binary in part."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,10 @@ from typing_extensions import Self
 
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.functional import mix, weight_scale
-from hf_stompp.masks import draw_mask, refresh_position
-
-SAMPLED_SIGNS = 1 << 16
-"""The flip ratio is measured on at most this many weights of a layer, evenly spaced: exact up to 64 Ki weights."""
+from hf_stompp.layers.latent import LatentLayer
 
 
-class BinaryLinear(nn.Linear):
+class BinaryLinear(LatentLayer, nn.Linear):
     r"""A linear layer that is on its way from full precision to 1 bit: \\(y = \hat x \hat w^\top + b\\).
 
     `ŵ` and `x̂` are the mixtures of frozen and soft entries of [`~hf_stompp.functional.mix`]. The layer is made from an
@@ -22,28 +19,21 @@ class BinaryLinear(nn.Linear):
     checkpoint loads into it. `forward` is a pure function of parameters and masks: it draws nothing, counts nothing.
 
     Attributes:
-        weight (`Parameter`): Latent weight `[out_features, in_features]`.
+        weight (`Parameter`): Latent weight `[out_features, in_features]`, and its mask: see [`LatentLayer`].
         activation_scale (`Parameter`, *optional*): γ, `[1]`; only with binary activations.
         activation_shift (`Parameter`, *optional*): β, `[in_features]`; only with a learned shift and signed levels.
-        weight_mask (`Tensor`): Boolean, the shape of the weight, one byte each; `True` where frozen.
         activation_mask (`Tensor`): Boolean, `[in_features]`, shared by all tokens.
-        frozen_fraction, mask_step (`Tensor`): From which the masks are drawn again on loading.
         calibrated (`Tensor`): Whether the activation scale and shift have been set from data.
 
     Source: arXiv 2601.22660.
     """
 
-    config: BinarizationConfig
-    key: str
-    unit: int
+    MASKS: ClassVar = ("weight", "activation")
+
     unsigned: bool
-    fraction: float
     activation_scale: nn.Parameter | None
     activation_shift: nn.Parameter | None
-    weight_mask: Tensor
     activation_mask: Tensor
-    frozen_fraction: Tensor
-    mask_step: Tensor
     calibrated: Tensor
 
     @classmethod
@@ -60,13 +50,10 @@ class BinaryLinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer._parameters.update(linear._parameters)
-        if linear.weight.dtype in (torch.float16, torch.bfloat16):
-            # A latent step is smaller than half precision resolves.
-            layer.weight = nn.Parameter(linear.weight.detach().float(), linear.weight.requires_grad)
         layer.train(linear.training)
-        layer.config, layer.key, layer.unit, layer.unsigned = config, key, unit, unsigned
-        layer.fraction, layer._position = 0.0, 0.0
+        layer._adopt(linear.weight, config, key, unit)
+        layer.register_parameter("bias", linear.bias)
+        layer.unsigned = unsigned
         device = linear.weight.device
         float32: dict[str, Any] = {"dtype": torch.float32, "device": device}  # also where the default is another
         scale = shift = None
@@ -76,11 +63,8 @@ class BinaryLinear(nn.Linear):
                 shift = nn.Parameter(torch.zeros(layer.in_features, **float32))
         layer.register_parameter("activation_scale", scale)
         layer.register_parameter("activation_shift", shift)
-        layer.register_buffer("frozen_fraction", torch.zeros((), **float32))
-        layer.register_buffer("mask_step", torch.zeros((), dtype=torch.int64, device=device))
         layer.register_buffer("calibrated", torch.zeros((), dtype=torch.bool, device=device))
-        for name, size in (("weight_mask", linear.weight.shape), ("activation_mask", (layer.in_features,))):
-            layer.register_buffer(name, torch.zeros(size, dtype=torch.bool, device=device), persistent=False)
+        layer._add_mask("activation", (layer.in_features,))
         return layer
 
     def forward(self, input: Tensor) -> Tensor:
@@ -113,75 +97,6 @@ class BinaryLinear(nn.Linear):
         """γ, kept above zero whatever the optimizer did to it."""
         assert self.activation_scale is not None
         return self.activation_scale.abs().clamp_min(1e-6)
-
-    def _mask(self, mask: Tensor) -> Tensor | bool:
-        """The mask, or one bool for it, which is faster. A compiled graph must not branch on what will change."""
-        if torch.compiler.is_compiling() or 0.0 < self.fraction < 1.0:
-            return mask
-        return self.fraction == 1.0
-
-    def set_frozen(self, fraction: float, step: int) -> bool:
-        """Draws the masks for `fraction` at `step`; does no work, and returns `False`, if they would be the same."""
-        config = self.config
-        # As it is saved, so that a loaded layer has the same masks.
-        fraction = torch.tensor(fraction, dtype=self.frozen_fraction.dtype, device="cpu").item()
-        position = refresh_position(step, config.refresh, config.refresh_interval)
-        if fraction == self.fraction and (fraction in (0.0, 1.0) or position == self._position):
-            return False
-        self.frozen_fraction.fill_(fraction)
-        self.mask_step.fill_(step)
-        self._draw_masks(fraction, step)
-        return True
-
-    def load_masks(self) -> None:
-        """Draws both masks from `frozen_fraction` and `mask_step`, after loading a checkpoint."""
-        self._draw_masks(self.frozen_fraction.item(), int(self.mask_step.item()))
-
-    def _draw_masks(self, fraction: float, step: int) -> None:
-        config = self.config
-        # Kept as Python numbers besides, so that no step has to wait for a device to read them.
-        self.fraction = fraction
-        self._position = refresh_position(step, config.refresh, config.refresh_interval)
-        for kind, mask in (("weight", self.weight_mask), ("activation", self.activation_mask)):
-            drawn = draw_mask(
-                tuple(mask.shape),
-                self.fraction,
-                seed=config.mask_seed,
-                name=f"{self.key}.{kind}",
-                step=step,
-                refresh=config.refresh,
-                refresh_interval=config.refresh_interval,
-            )
-            mask.copy_(drawn)
-
-    def hold_frozen(self) -> None:
-        """Before the optimizer's step: what is needed for frozen weights to keep their value through it.
-
-        A zero gradient is not enough, momentum and weight decay move a weight all the same. A fully frozen weight gets
-        no gradient at all, which optimizers skip; of a partly frozen one, a copy is put aside until `restore_frozen`.
-        """
-        if not self.config.weights or self.config.surrogate == "ste":
-            return
-        if self.fraction == 1.0:
-            self.weight.grad = None
-        elif self.fraction > 0.0:
-            self._held = self.weight.detach().clone()
-
-    @torch.no_grad()
-    def restore_frozen(self) -> None:
-        """After the optimizer's step: gives the frozen weights of a partly frozen layer their value back."""
-        held = self.__dict__.pop("_held", None)
-        if held is not None:
-            torch.where(self.weight_mask, held, self.weight, out=self.weight.data)
-
-    def sampled_signs(self) -> Tensor:
-        """The signs of at most `SAMPLED_SIGNS` evenly spaced weights, to measure the flip ratio."""
-        stride = -(-self.weight.numel() // SAMPLED_SIGNS)
-        return self.weight.detach().flatten()[::stride] >= 0
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.load_masks()
 
     def extra_repr(self) -> str:
         levels = "32" if self.activation_scale is None else "1 unsigned" if self.unsigned else "1 signed"

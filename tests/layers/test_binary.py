@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stompp import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, binary
+from hf_stompp.layers import BinaryLinear, latent
 from hf_stompp.masks import draw_mask
 
 IN, OUT = 11, 6
@@ -297,7 +297,7 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append(shape)
         return draw_mask(shape, *args, **kwargs)
 
-    monkeypatch.setattr(binary, "draw_mask", spy)
+    monkeypatch.setattr(latent, "draw_mask", spy)
     return shapes
 
 
@@ -396,5 +396,5 @@ def test_the_sampled_signs_are_all_signs_of_a_small_layer_and_even_samples_of_a_
     assert np.array_equal(layer.sampled_signs().numpy(), layer.weight.detach().numpy().ravel() >= 0)
     large = BinaryLinear.from_float(nn.Linear(500, 300), BinarizationConfig(), key="a", unit=0, unsigned=False)
     signs = large.sampled_signs()
-    assert binary.SAMPLED_SIGNS / 2 < signs.numel() <= binary.SAMPLED_SIGNS
+    assert latent.SAMPLED_SIGNS / 2 < signs.numel() <= latent.SAMPLED_SIGNS
     assert np.array_equal(signs.numpy(), (large.weight.detach().numpy() >= 0).ravel()[::3])
