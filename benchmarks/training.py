@@ -1,9 +1,12 @@
 """What binarization adds to a training step: time and peak memory, side by side in one process.
 
 Each round runs one whole optimizer step (masks, forward, backward, AdamW) of every variant in turn, so that a machine
-whose speed drifts slows all of them alike; the table gives medians, and medians of the ratios round by round.
+whose speed drifts slows all of them alike; the table gives medians, and medians of the ratios round by round. The
+rounds are spread over a run of 600 steps, so that all states of the front are in them. What comes only once for each
+unit, its calibration (a forward pass), is in few of them.
 
     python benchmarks/training.py                                # MiniLM-L6 shapes, 32 x 16 and 8 x 128 tokens
+    HF_STOMPP_KERNELS=reference python benchmarks/training.py    # without the extra `fast`
     python benchmarks/training.py --model bert-base --device cuda --batches 32x128 --bf16
 """
 
@@ -19,10 +22,12 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, TrainerControl, TrainerState, TrainingArguments
 from transformers import set_seed as seed_everything
+from transformers.utils import logging
 
-from hf_stompp import BinarizationConfig, StomppCallback, binarize
+from hf_stompp import BinarizationConfig, StomppCallback, binarize, kernels
 from hf_stompp.patching import binary_layers
 
+RUN = 600  # optimizer steps
 SHAPES = {
     "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
     "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
@@ -40,7 +45,7 @@ VARIANTS: dict[str, BinarizationConfig | None] = {
 class Variant:
     """A model, its optimizer and its callback, driven as the Trainer drives them."""
 
-    def __init__(self, name: str, model: str, batch: tuple[int, int], steps: int, device: str, bf16: bool) -> None:
+    def __init__(self, name: str, model: str, batch: tuple[int, int], device: str, bf16: bool) -> None:
         seed_everything(0)
         self.bert = BertForSequenceClassification(BertConfig(num_attention_heads=12, **SHAPES[model])).to(device)
         config = VARIANTS[name]
@@ -52,7 +57,7 @@ class Variant:
         examples = [{"input_ids": row, "labels": torch.tensor(0)} for row in ids]
         loader = DataLoader(examples, batch_size=batch[0])
         self.inputs = {key: value.to(device) for key, value in next(iter(loader)).items()}
-        self.state, self.control = TrainerState(max_steps=steps), TrainerControl()
+        self.state, self.control = TrainerState(max_steps=RUN), TrainerControl()
         self.args = TrainingArguments(use_cpu=device == "cpu", report_to="none")
         self.callback = StomppCallback() if config is not None else None
         self.bert.train()
@@ -61,6 +66,12 @@ class Variant:
     def _event(self, event: str, **kwargs: Any) -> None:
         if self.callback is not None:
             getattr(self.callback, event)(self.args, self.state, self.control, model=self.bert, **kwargs)
+
+    def seek(self, step: int) -> None:
+        """Goes to optimizer step `step` of the run, as if the one before it had just been made."""
+        self.state.global_step = step - 2
+        self._event("on_step_begin")
+        self.state.global_step = step - 1
 
     def step(self) -> None:
         self._event("on_step_begin")
@@ -95,7 +106,7 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 def peak_memory(name: str, *args: Any) -> float:
     """MB that a few steps take at their peak: of the device, or of a fresh child process on a CPU."""
-    device = args[3]
+    device = args[2]
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         variant = Variant(name, *args)
@@ -111,14 +122,11 @@ def peak_memory(name: str, *args: Any) -> float:
     return peak
 
 
-def _child_peak(
-    queue: Any, name: str, threads: int, model: str, batch: tuple[int, int], steps: int, *rest: Any
-) -> None:
+def _child_peak(queue: Any, name: str, threads: int, *args: Any) -> None:
     torch.set_num_threads(threads)
     before = _peak_resident()
-    variant = Variant(name, model, batch, steps, *rest)
-    # Half-way the front is in the middle: frozen, mixed and soft layers.
-    variant.state.global_step = steps // 2
+    variant = Variant(name, *args)
+    variant.seek(RUN // 2)  # the front is in the middle: frozen, mixed and soft layers
     for _ in range(3):
         variant.step()
     queue.put(_peak_resident() - before)
@@ -133,13 +141,14 @@ def _peak_resident() -> float:
 
 
 def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: bool) -> list[dict[str, Any]]:
-    warmup, steps = 2, max(rounds + 2, 48)
-    variants = {name: Variant(name, model, batch, steps, device, bf16) for name in VARIANTS}
+    warmup = 2
+    variants = {name: Variant(name, model, batch, device, bf16) for name in VARIANTS}
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for round_ in range(rounds + warmup):
+    for round_ in range(-warmup, rounds):
         for name, variant in variants.items():
+            variant.seek(2 + max(0, round_) * (RUN - 2) // rounds)
             elapsed = timed(variant.step, device)
-            if round_ >= warmup:
+            if round_ >= 0:
                 times[name].append(elapsed)
     rows = []
     for name, variant in variants.items():
@@ -160,7 +169,7 @@ def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: 
         )
     del variants
     for row in rows:
-        row["peak_mb"] = peak_memory(row["variant"], model, batch, steps, device, bf16)
+        row["peak_mb"] = peak_memory(row["variant"], model, batch, device, bf16)
     return rows
 
 
@@ -175,6 +184,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    logging.set_verbosity_error()  # the callback misses its Trainer
     rows = []
     print("| model | tokens | variant | ms/step | vs full precision | vs STE | peak MB | extra state |")
     print("|---|---|---|---|---|---|---|---|")
@@ -188,7 +198,11 @@ def main() -> None:
                 flush=True,
             )
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"torch": torch.__version__, "threads": args.threads, "rows": rows}, indent=2))
+    args.output.write_text(
+        json.dumps(
+            {"torch": torch.__version__, "threads": args.threads, "kernels": kernels.backend(), "rows": rows}, indent=2
+        )
+    )
 
 
 if __name__ == "__main__":

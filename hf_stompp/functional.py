@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_stompp import kernels
+
 
 def weight_scale(weight: Tensor, granularity: str) -> Tensor:
     r"""The scale α of a weight `[out, ...]`, broadcastable against it, in float32 and without gradient.
@@ -96,6 +98,15 @@ def _pass_inside(grad: Tensor, x: Tensor, scale: Tensor, clip: float | None, uns
         torch.abs(x, out=out).le_(clip * scale).mul_(grad)
 
 
+def _kernel(x: Tensor, scale: Tensor, mask: Tensor | bool) -> Any:
+    """The kernel module for these arguments, or None: then torch does it."""
+    if kernels.backend() == "reference":
+        return None
+    from hf_stompp.kernels import mixing  # importing numba takes a second: not before it is used
+
+    return mixing if mixing.fits(x, scale, mask) else None
+
+
 class _Mix(torch.autograd.Function):
     """The frozen entries hard, the others soft; the gradient of `soft`, cut at frozen entries unless `ste`."""
 
@@ -103,22 +114,28 @@ class _Mix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool, ste: bool
     ) -> Tensor:
+        kernel = _kernel(x, scale, mask)
         if mask is False and clip is None:
             y = x.view_as(x)
+        elif kernel is not None:
+            y = kernel.forward(x, scale, mask, clip, unsigned)
         else:
             y = x.new_empty(x.shape)  # contiguous: a compiler cannot write into another
             for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
                 _mixed(part, part_scale, frozen, clip, unsigned, out)
-        ctx.save_for_backward(
-            x, scale, y if ctx.needs_input_grad[1] else None, mask if isinstance(mask, Tensor) else None
-        )
-        ctx.all_frozen, ctx.clip, ctx.unsigned, ctx.ste = mask is True, clip, unsigned, ste
+        values = y if ctx.needs_input_grad[1] and kernel is None else None
+        ctx.save_for_backward(x, scale, values, mask if isinstance(mask, Tensor) else None)
+        ctx.kernel, ctx.all_frozen, ctx.clip, ctx.unsigned, ctx.ste = kernel, mask is True, clip, unsigned, ste
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         x, scale, y, mask = ctx.saved_tensors
+        if ctx.kernel is not None:
+            frozen = ctx.all_frozen if mask is None else mask
+            grad_x, grad_scale = ctx.kernel.backward(grad, x, scale, frozen, ctx.clip, ctx.unsigned, ctx.ste)
+            return grad_x, grad_scale if ctx.needs_input_grad[1] else None, None, None, None, None
         grad_x = x.new_empty(x.shape)
         grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
         for part, out, grad_y, value, part_scale, frozen, sums in _blocks(x, grad_x, grad, y, scale, mask, grad_scale):

@@ -1,0 +1,128 @@
+"""The mixed forward and its two backward rules in one pass over memory each, on a CPU: see `hf_stompp.functional.mix`.
+
+Rows are done in parallel, on as many threads as torch has. Sums are made in an order that does not depend on how many
+those are.
+"""
+
+import math
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+_SOFT, _HARD, _MIXED = 0, 1, 2
+_LARGE = 1 << 14
+"""Entries below which a call is not worth its overhead, some ten microseconds."""
+_NO_MASK = np.zeros((1, 1), dtype=np.bool_)
+
+
+def fits(x: Tensor, scale: Tensor, mask: Tensor | bool) -> bool:
+    """Whether the kernels cover these arguments: float32 on a CPU, one scale or one for each row, a mask of the shape
+    of `x` or of its last axis."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if x.dtype != torch.float32 or scale.dtype != torch.float32 or not x.is_contiguous() or x.numel() < _LARGE:
+        return False
+    per_row = x.dim() == 2 and scale.shape == (x.shape[0], 1) and not scale.requires_grad
+    if scale.numel() != 1 and not per_row:
+        return False
+    return isinstance(mask, bool) or (mask.shape in (x.shape, x.shape[-1:]) and mask.is_contiguous())
+
+
+def forward(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool) -> Tensor:
+    """x̂, of the shape of `x`."""
+    out = torch.empty_like(x)
+    _set_threads()
+    _forward(*_arrays(x, scale, mask), _clip(clip), unsigned, _rows(out))
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    mask: Tensor | bool,
+    clip: float | None,
+    unsigned: bool,
+    ste: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `x` and of the scale, which is right if there is one, and to be left alone if one a row."""
+    out = torch.empty_like(x)
+    sums = np.empty(x.numel() // x.shape[-1], dtype=np.float64)
+    _set_threads()
+    _backward(_rows(grad.contiguous()), *_arrays(x, scale, mask), _clip(clip), unsigned, ste, _rows(out), sums)
+    return out, torch.full_like(scale, sums.sum())
+
+
+def _set_threads() -> None:
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+def _rows(x: Tensor) -> np.ndarray:
+    return x.detach().view(-1, x.shape[-1]).numpy()
+
+
+def _arrays(x: Tensor, scale: Tensor, mask: Tensor | bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Rows of `x`, scales, rows of the mask, and what is to be made of it."""
+    if isinstance(mask, bool):
+        return _rows(x), scale.detach().reshape(-1).numpy(), _NO_MASK, _HARD if mask else _SOFT
+    return _rows(x), scale.detach().reshape(-1).numpy(), _rows(mask), _MIXED
+
+
+def _clip(clip: float | None) -> np.float32:
+    return np.float32(math.inf if clip is None else clip)
+
+
+@numba.njit(inline="always")
+def _levels(scale, clip, unsigned):  # type: ignore[no-untyped-def]
+    """Threshold, lower and upper level, lower and upper end of the soft range."""
+    if unsigned:
+        threshold, lower, low_end = scale / np.float32(2), np.float32(0), np.float32(0)
+    else:
+        threshold, lower, low_end = np.float32(0), -scale, -clip * scale
+    if clip == np.inf:  # also where the scale is 0
+        return threshold, lower, scale, np.float32(-np.inf), np.float32(np.inf)
+    return threshold, lower, scale, low_end, clip * scale
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy")
+def _forward(x, scales, masks, mode, clip, unsigned, out):  # type: ignore[no-untyped-def]
+    rows, columns = x.shape
+    for row in numba.prange(rows):
+        at = np.int64(row)
+        threshold, lower, upper, low_end, high_end = _levels(scales[at * (len(scales) > 1)], clip, unsigned)
+        mask = masks[at * (len(masks) > 1)]
+        if mode == _HARD:
+            for k in range(columns):
+                out[at, k] = upper if x[at, k] >= threshold else lower
+        elif mode == _SOFT:
+            for k in range(columns):
+                value = x[at, k]
+                out[at, k] = low_end if value < low_end else high_end if value > high_end else value
+        else:
+            for k in range(columns):
+                value = x[at, k]
+                soft = low_end if value < low_end else high_end if value > high_end else value
+                hard = upper if value >= threshold else lower
+                out[at, k] = hard if mask[k] else soft
+
+
+@numba.njit(parallel=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _backward(grad, x, scales, masks, mode, clip, unsigned, ste, out, sums):  # type: ignore[no-untyped-def]
+    rows, columns = x.shape
+    for row in numba.prange(rows):
+        at = np.int64(row)
+        threshold, lower, upper, low_end, high_end = _levels(scales[at * (len(scales) > 1)], clip, unsigned)
+        mask = masks[at * (len(masks) > 1)]
+        # Of gradient times value, where the value is a multiple of the scale; else it does not depend on the scale.
+        total = np.float32(0)
+        for k in range(columns):
+            value, g = x[at, k], grad[at, k]
+            frozen = mode == _HARD or (mode == _MIXED and mask[k])
+            inside = value >= low_end and value <= high_end
+            hard = upper if value >= threshold else lower
+            clipped = high_end if value > high_end else low_end if value < low_end else np.float32(0)
+            total += g * (hard if frozen else clipped)
+            out[at, k] = g if inside and (ste or not frozen) else np.float32(0)
+        sums[at] = total / upper

@@ -1,0 +1,164 @@
+"""The one-pass kernels against numpy in float64, and against the torch operations that they stand in for."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_stompp import kernels
+from hf_stompp.functional import mix
+
+pytest.importorskip("numba", reason="the extra `fast` is not installed: there are no kernels to test")
+
+from hf_stompp.kernels import mixing  # noqa: E402
+
+SHAPES = {"weight": (96, 200), "inputs": (8, 16, 150)}
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Turns the kernels off: `reference()`."""
+    return lambda: monkeypatch.setattr(kernels, "backend", lambda: "reference")
+
+
+def operands(kind: str, mask: Any) -> tuple[Tensor, Tensor, Tensor | bool, Tensor]:
+    """Values, their scale or scales, a mask and a gradient. Some values are on the edges; a row of a weight is 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SHAPES[kind], generator=generator)
+    scale = torch.tensor([0.7])
+    if kind == "weight":
+        x[3] = 0
+        scale = x.abs().mean(dim=1, keepdim=True)
+    edges = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 0.35, 0.7, -0.7, 1.05, -1.05])
+    x.view(-1, x.shape[-1])[5, : len(edges)] = edges
+    if mask == "drawn":
+        shape = x.shape if kind == "weight" else x.shape[-1:]
+        mask = torch.rand(shape, generator=generator) < 0.4
+    return x, scale, mask, torch.randn(x.shape, generator=generator)
+
+
+def in_float64(
+    x: Tensor, scale: Tensor, mask: Tensor | bool, grad: Tensor, clip: float | None, unsigned: bool, ste: bool
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """x̂, the gradient of x, and that of the scale if it is one."""
+    v, g = x.double().numpy(), grad.double().numpy()
+    s = np.broadcast_to(scale.double().numpy(), v.shape)
+    frozen = np.broadcast_to(np.asarray(mask), v.shape)
+    # The ends are compared against in float32.
+    end = np.inf if clip is None else (np.float32(clip) * scale.numpy()).astype(np.float64) * np.ones_like(v)
+    low = -end if not unsigned or clip is None else np.zeros_like(v)
+    level = np.where(v >= s / 2, 1.0, 0.0) if unsigned else np.where(v >= 0, 1.0, -1.0)
+    soft = v if clip is None else np.clip(v, low, end)
+    passes = (v >= low) & (v <= end) & (ste | ~frozen)
+    clipped = 0.0 if clip is None else np.where(v > end, clip, np.where(v < low, 0.0 if unsigned else -clip, 0.0))
+    slope = np.where(frozen, level, clipped)
+    return np.where(frozen, level * s, soft), g * passes, float((g * slope).sum())
+
+
+CASES = [
+    pytest.param(kind, mask, clip, unsigned, ste, id=f"{kind}-{mask}-{clip}-{'un' * unsigned}signed-{ste}")
+    for kind in SHAPES
+    for mask in (True, False, "drawn")
+    for clip in (1.5, None)
+    for unsigned in (False, True)
+    for ste in (False, True)
+    if not (mask is False and clip is None)
+]
+
+
+@pytest.mark.parametrize(("kind", "mask", "clip", "unsigned", "ste"), CASES)
+def test_values_and_gradients(kind: str, mask: Any, clip: float | None, unsigned: bool, ste: bool) -> None:
+    x, scale, mask, grad = operands(kind, mask)
+    assert mixing.fits(x, scale, mask)
+    expected, grad_x, grad_scale = in_float64(x, scale, mask, grad, clip, unsigned, ste)
+    x.requires_grad_()
+    scale.requires_grad_(kind == "inputs")
+    y = mix(x, scale, mask, clip=clip, unsigned=unsigned, ste=ste)
+    y.backward(grad)
+    np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(x.grad.numpy(), grad_x, rtol=1e-6)
+    if kind == "inputs":
+        assert scale.grad.item() == pytest.approx(grad_scale, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "mask", "clip", "unsigned", "ste"), CASES)
+def test_the_same_numbers_as_torch(
+    kind: str, mask: Any, clip: float | None, unsigned: bool, ste: bool, reference: Any
+) -> None:
+    def run() -> tuple[Tensor, Tensor | None]:
+        x, scale, drawn, grad = operands(kind, mask)
+        y = mix(x.requires_grad_(), scale, drawn, clip=clip, unsigned=unsigned, ste=ste)
+        y.backward(grad)
+        return y.detach(), x.grad
+
+    ours = run()
+    reference()
+    theirs = run()
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def test_nan_stays_nan_where_soft_and_is_a_level_where_frozen() -> None:
+    x, scale, mask, _ = operands("inputs", "drawn")
+    x[0, 0] = float("nan")
+    y = mix(x, scale, mask, clip=1.5)
+    assert torch.equal(y[0, 0].isnan(), ~mask)
+
+
+def test_the_same_sums_on_any_number_of_threads() -> None:
+    threads = torch.get_num_threads()
+    gradients = []
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            x, scale, mask, grad = operands("inputs", "drawn")
+            mix(x, scale.requires_grad_(), mask, clip=1.5).backward(grad)
+            gradients.append(scale.grad.item())
+    finally:
+        torch.set_num_threads(threads)
+    assert gradients[0] == gradients[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, scale, mask: (x[:, :2].contiguous(), scale, mask[:, :2].contiguous()),
+        lambda x, scale, mask: (x.double(), scale.double(), mask),
+        lambda x, scale, mask: (x.bfloat16(), scale, mask),
+        lambda x, scale, mask: (x.T, scale[:1], mask.T),
+        lambda x, scale, mask: (x, scale.requires_grad_(), mask),
+        lambda x, scale, mask: (x.to("meta"), scale.to("meta"), mask.to("meta")),
+    ],
+    ids=["few", "float64", "bfloat16", "transposed", "gradients of many scales", "meta"],
+)
+def test_the_rest_is_left_to_torch(change: Any) -> None:
+    x, scale, mask, _ = operands("weight", "drawn")
+    assert not mixing.fits(*change(x, scale, mask))
+
+
+@pytest.mark.parametrize(("value", "result"), [("reference", "reference"), ("cpu", "cpu"), ("gpu", "ValueError")])
+def test_the_environment_chooses(value: str, result: str) -> None:
+    code = "from hf_stompp import kernels; print(kernels.backend())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=_environment(HF_STOMPP_KERNELS=value), capture_output=True, text=True
+    )
+    assert result in (done.stdout if done.returncode == 0 else done.stderr.splitlines()[-1])
+    assert "HF_STOMPP_KERNELS is 'gpu'; allowed: cpu, reference" in done.stderr or value != "gpu"
+
+
+def test_without_numba_torch_does_it() -> None:
+    code = (
+        "import importlib.util as u; real = u.find_spec; "
+        "u.find_spec = lambda name, *a: None if name == 'numba' else real(name, *a); "
+        "from hf_stompp import kernels; print(kernels.backend())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "reference"
+
+
+def _environment(**changes: str) -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "HF_STOMPP_KERNELS"} | changes
