@@ -1,10 +1,16 @@
 """The mixed forward and its two backward rules in one pass over memory each, on a CPU: see `hf_stompp.functional.mix`.
 
 Rows are done in parallel, on as many threads as torch has. Sums are made in an order that does not depend on how many
-those are.
+those are. The threads are Python's: numba's own share OpenMP's settings with torch, and would change how many threads
+torch takes.
 """
 
+import functools
 import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numba
 import numpy as np
@@ -33,8 +39,7 @@ def fits(x: Tensor, scale: Tensor, mask: Tensor | bool) -> bool:
 def forward(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool) -> Tensor:
     """x̂, of the shape of `x`."""
     out = torch.empty_like(x)
-    _set_threads()
-    _forward(*_arrays(x, scale, mask), _clip(clip), unsigned, _rows(out))
+    _on_rows(_forward, *_arrays(x, scale, mask), _rows(out), clip=_clip(clip), mode=_mode(mask), unsigned=unsigned)
     return out
 
 
@@ -50,24 +55,47 @@ def backward(
     """The gradients of `x` and of the scale, which is right if there is one, and to be left alone if one a row."""
     out = torch.empty_like(x)
     sums = np.empty(x.numel() // x.shape[-1], dtype=np.float64)
-    _set_threads()
-    _backward(_rows(grad.contiguous()), *_arrays(x, scale, mask), _clip(clip), unsigned, ste, _rows(out), sums)
+    arrays = _rows(grad.contiguous()), *_arrays(x, scale, mask), _rows(out), sums
+    _on_rows(_backward, *arrays, clip=_clip(clip), mode=_mode(mask), unsigned=unsigned, ste=ste)
     return out, torch.full_like(scale, sums.sum())
 
 
-def _set_threads() -> None:
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads)
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
+
+
+def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -> None:
+    """Calls a kernel, which lets go of Python's lock, on as many blocks of rows as torch has threads. An array of one
+    row goes with each block."""
+    rows = len(arrays[0])
+    threads = min(torch.get_num_threads(), rows)
+    if threads == 1:
+        kernel(*arrays, *options.values())
+        return
+    ends = [rows * i // threads for i in range(threads + 1)]
+
+    def block(start: int, stop: int) -> None:
+        kernel(*(array if len(array) == 1 else array[start:stop] for array in arrays), *options.values())
+
+    list(_pool(threads).map(block, ends[:-1], ends[1:]))
 
 
 def _rows(x: Tensor) -> np.ndarray:
     return x.detach().view(-1, x.shape[-1]).numpy()
 
 
-def _arrays(x: Tensor, scale: Tensor, mask: Tensor | bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Rows of `x`, scales, rows of the mask, and what is to be made of it."""
-    if isinstance(mask, bool):
-        return _rows(x), scale.detach().reshape(-1).numpy(), _NO_MASK, _HARD if mask else _SOFT
-    return _rows(x), scale.detach().reshape(-1).numpy(), _rows(mask), _MIXED
+def _arrays(x: Tensor, scale: Tensor, mask: Tensor | bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of `x`, scales, rows of the mask."""
+    masks = _NO_MASK if isinstance(mask, bool) else _rows(mask)
+    return _rows(x), scale.detach().reshape(-1).numpy(), masks
+
+
+def _mode(mask: Tensor | bool) -> int:
+    return _MIXED if isinstance(mask, Tensor) else _HARD if mask else _SOFT
 
 
 def _clip(clip: float | None) -> np.float32:
@@ -86,11 +114,10 @@ def _levels(scale, clip, unsigned):  # type: ignore[no-untyped-def]
     return threshold, lower, scale, low_end, clip * scale
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy")
-def _forward(x, scales, masks, mode, clip, unsigned, out):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _forward(x, scales, masks, out, clip, mode, unsigned):  # type: ignore[no-untyped-def]
     rows, columns = x.shape
-    for row in numba.prange(rows):
-        at = np.int64(row)
+    for at in range(rows):
         threshold, lower, upper, low_end, high_end = _levels(scales[at * (len(scales) > 1)], clip, unsigned)
         mask = masks[at * (len(masks) > 1)]
         if mode == _HARD:
@@ -108,11 +135,10 @@ def _forward(x, scales, masks, mode, clip, unsigned, out):  # type: ignore[no-un
                 out[at, k] = hard if mask[k] else soft
 
 
-@numba.njit(parallel=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def _backward(grad, x, scales, masks, mode, clip, unsigned, ste, out, sums):  # type: ignore[no-untyped-def]
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _backward(grad, x, scales, masks, out, sums, clip, mode, unsigned, ste):  # type: ignore[no-untyped-def]
     rows, columns = x.shape
-    for row in numba.prange(rows):
-        at = np.int64(row)
+    for at in range(rows):
         threshold, lower, upper, low_end, high_end = _levels(scales[at * (len(scales) > 1)], clip, unsigned)
         mask = masks[at * (len(masks) > 1)]
         # Of gradient times value, where the value is a multiple of the scale; else it does not depend on the scale.

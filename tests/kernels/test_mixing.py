@@ -162,3 +162,26 @@ def test_without_numba_torch_does_it() -> None:
 
 def _environment(**changes: str) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key != "HF_STOMPP_KERNELS"} | changes
+
+
+def test_torch_keeps_its_threads() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1); from hf_stompp.functional import mix; "
+        "mix(torch.randn(300, 300), torch.ones(1), True, clip=2.0); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=_environment(), capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    code = (
+        "import multiprocessing, torch; torch.set_num_threads(2); from hf_stompp.functional import mix\n"
+        "def run(): mix(torch.randn(300, 300), torch.ones(1), True, clip=2.0)\n"
+        "run(); child = multiprocessing.get_context('fork').Process(target=run); child.start(); child.join(60)\n"
+        "print(child.exitcode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=_environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "0", done.stderr
