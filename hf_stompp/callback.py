@@ -14,6 +14,7 @@ from transformers.utils import logging
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.layers import BinaryLinear, LatentLayer
 from hf_stompp.patching import binary_layers, calibrate, frozen_fraction
+from hf_stompp.trainer_card import TrainerCard
 
 logger = logging.get_logger(__name__)
 
@@ -30,6 +31,8 @@ class StomppCallback(TrainerCallback):
     on as it was. To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units
     are fully frozen), `front_fraction` (the fraction of the unit that is next to finish) and `flip_ratio` (the share
     of weight signs that changed since the last log).
+
+    The model card of `Trainer.push_to_hub` becomes that of [`model_card`], with the logged scores and settings.
 
     Raises:
         ValueError: At the start of training, if the model is not binarized, is packed, was made with another config,
@@ -176,6 +179,19 @@ class StomppCallback(TrainerCallback):
                 "early; if load_best_model_at_end chose a checkpoint from before the end, take the last one."
             )
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        from transformers import Trainer  # it takes seconds, and whoever calls this has done it
+
+        trainer = _caller(Trainer)
+        if trainer is None:
+            logger.warning("StomppCallback found no Trainer that calls it: the model card will be the Trainer's own.")
+            return
+        card = TrainerCard.install(trainer)
+        if trainer.is_in_train:
+            card.write_early()
+
 
 def check_schedule(model: nn.Module, max_steps: int) -> None:
     """Refuses a model that is not binarized, or a schedule that cannot finish in `max_steps`."""
@@ -219,19 +235,26 @@ def _go_first(callback: StomppCallback) -> None:
     """Moves the callback to the front of the handler that is calling it.
 
     Reporters such as TensorBoard come before user callbacks and get the same dict of logs, so metrics added after them
-    are never seen. A callback is not given its handler; the calling frame is the one place to find it without asking
-    users to pass the Trainer in. Where it is not found, the log history and the progress bar have the metrics still.
+    are never seen. Where no handler is found, the log history and the progress bar have the metrics still.
     """
+    handler = _caller(CallbackHandler)
+    if handler is None:
+        logger.warning("StomppCallback found no Trainer that calls it: reporters will not see its metrics.")
+        return
+    handler.callbacks.remove(callback)
+    handler.callbacks.insert(0, callback)
+
+
+def _caller(kind: type) -> Any:
+    """The nearest object of `kind` that is calling, or None. A callback is given neither its handler nor its Trainer;
+    the calling frames are the one place to find them without asking users to pass the Trainer in."""
     frame = inspect.currentframe()
     try:
         while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler):
-                handler.callbacks.remove(callback)
-                handler.callbacks.insert(0, callback)
-                return
+            if isinstance(frame.f_locals.get("self"), kind):
+                return frame.f_locals["self"]
             frame = frame.f_back
-        logger.warning("StomppCallback found no Trainer that calls it: reporters will not see its metrics.")
+        return None
     finally:
         del frame  # or the frames would keep each other alive
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -28,13 +29,14 @@ _TASKS = {
     "ForQuestionAnswering": "question-answering",
     "ForMultipleChoice": "multiple-choice",
 }
-# What the recipes report → its id on the Hub.
+# What recipes and Trainers report → its id on the Hub.
 _METRICS = {
     "accuracy": "accuracy",
     "f1": "f1",
     "matthews_correlation": "matthews_correlation",
     "pearson": "pearsonr",
     "spearmanr": "spearmanr",
+    "loss": "loss",
 }
 _METHODS = {
     "layerwise": "layer by layer under stochastic masks (StoMPP)",
@@ -106,9 +108,11 @@ class Scored:
 
     name: str | None = None
     config: str | None = None
-    split: str = "validation"
+    split: str | None = "validation"
 
     def __str__(self) -> str:
+        if self.name is None:
+            return "data that was not named"
         return f"`{self.name}`" + (f" (`{self.config}`)" if self.config else "")
 
 
@@ -128,15 +132,17 @@ def render(
     table = summary(model)
     own = runs.get(_OWN)
     task = next((task for end, task in _TASKS.items() if type(model).__name__.endswith(end)), "feature-extraction")
+    final = own is not None and _is_final(own, _row(own, config.mode))
+    results = _eval_results(own, config.mode, task, data) if own and final else []
     return ModelCard.from_template(
         ModelCardData(
             base_model=base_model,
             base_model_relation="quantized" if base_model else None,
             datasets=_hub_id(data.name),
-            eval_results=_eval_results(own, config.mode, task, data) if own else None,
+            eval_results=results or None,
             library_name="transformers",
             license=license,
-            model_name=repo_id if own else None,
+            model_name=repo_id if results else None,
             pipeline_tag=task,
             tags=["1-bit", "binarization", "hf_stompp", *(f"arxiv:{paper}" for paper in _PAPERS)],
         ),
@@ -146,16 +152,17 @@ def render(
         model_class=type(model).__name__,
         bits=f"W{1 if config.weights else 32}A{1 if config.activations else 32}",
         binary_inputs=config.activations,
-        frozen=f"{table.frozen_fraction:.0%}",
+        frozen=f"{math.floor(100 * table.frozen_fraction)}%",  # 100% is all
         method=_METHODS[config.progression],
         file_bytes=_file_bytes(folder, table, config.mode),
         float_bytes=table.float_bytes,
-        example=_example(repo_id, type(model).__name__, task, folder),
+        example=_example(repo_id, type(model).__name__, task, folder, config.mode),
         parts=_parts(table),
         split=data.split,
         data=str(data),
         eval_limit=own and own["recipe"].get("max_eval_samples"),
         scores=_scores(runs, config.mode),
+        final=final,
         training=_training(own),
         command=command,
         config=json.dumps({k: v for k, v in config.to_dict().items() if k != "modules"}, indent=2),
@@ -207,7 +214,12 @@ def _row(run: Mapping[str, Any], mode: str) -> Mapping[str, Any]:
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in row.items() if key not in ("model", "bytes", "eval_seconds")}
+    return {key: value for key, value in row.items() if key not in ("model", "step", "bytes", "eval_seconds")}
+
+
+def _is_final(run: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
+    """Whether the weights that were scored are those that the run ended with; a row may name the step it is of."""
+    return row.get("step", run["steps"]) == run["steps"]
 
 
 def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) -> list[EvalResult]:
@@ -223,7 +235,7 @@ def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) ->
                 dataset_type=data.name or "unknown",
                 dataset_name=str(data).replace("`", ""),
                 dataset_config=data.config,
-                dataset_split=f"{data.split}_{part}" if part else data.split,
+                dataset_split="_".join(filter(None, (data.split, part))) or None,
                 dataset_args={"first_rows": limit} if limit else None,
                 metric_type=_METRICS.get(metric, metric),
                 metric_value=value,
@@ -235,17 +247,19 @@ def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) ->
 
 def _scores(runs: Mapping[str, Mapping[str, Any]], mode: str) -> str:
     """A row for each stage of this run, the one of this checkpoint in bold, then the last stage of each other run."""
-    if not runs:
+    rows: list[list[str]] = []
+    metrics = list(_metrics(_row(runs[_OWN], mode))) if runs else []
+    if not metrics:
         return ""
-    rows, metrics = [], list(_metrics(_row(runs[_OWN], mode)))
     for name, run in runs.items():
         own = _row(run, mode) if name == _OWN else None
         for row in run["rows"] if own else run["rows"][-1:]:
             title = f"this run, {row['model']}" if own else f"{name} ({row['model']})"
             values = [f"{row[metric]:.4f}" for metric in metrics]
             seeds = [str(run["seed"]), "" if run["mask_seed"] is None else str(run["mask_seed"])]
-            cells = [title, *values, *seeds, f"{run['steps']:,}", f"{row['bytes']:,}"]
-            rows.append([f"**{cell}**" if cell and row is own else cell for cell in cells])
+            cells = [title, *values, *seeds, f"{row.get('step', run['steps']):,}", f"{row['bytes']:,}"]
+            bold = own is not None and row is own and _is_final(run, own)
+            rows.append([f"**{cell}**" if cell and bold else cell for cell in cells])
     return _markdown(["model", *metrics, "seed", "mask seed", "steps", "bytes"], rows)
 
 
@@ -299,8 +313,12 @@ def _file_bytes(folder: Path | None, table: Summary, mode: str) -> int:
     return table.packed_bytes if mode == "packed" else table.float_bytes
 
 
-def _example(repo_id: str, model_class: str, task: str, folder: Path | None) -> str:
-    """Loads and predicts as it stands, from the Hub or a folder."""
+def _example(repo_id: str, model_class: str, task: str, folder: Path | None, mode: str) -> str:
+    """Loads and predicts, or packs a latent model, as it stands, from the Hub or a folder."""
+    if mode == "train":
+        lines = ["import hf_stompp", f"from transformers import {model_class}", ""]
+        lines += [f'model = {model_class}.from_pretrained("{repo_id}")', "packed = hf_stompp.pack(model)"]
+        return "\n".join([*lines, 'packed.save_pretrained("packed")'])
     lines = ["import hf_stompp  # makes transformers read 1-bit checkpoints"]
     tokenizer = folder is None or (folder / "tokenizer_config.json").is_file()
     if tokenizer and task in ("text-classification", "token-classification", "feature-extraction"):

@@ -1,8 +1,10 @@
-"""A saved model's folder: what kind it is, and whether everything is in it that a user needs to load it."""
+"""A saved model's folder: what kind it is, whether everything is in it that a user needs, and writing it whole."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,50 @@ def check_kind(quantization: Any, what: str, *, latent: bool) -> None:
             f"{what} is a latent checkpoint: full-precision weights, which load as an ordinary model where hf_stompp "
             "is not imported. Call pack() first, or pass latent=True to share the training state itself."
         )
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a draft of `folder` to write into, which takes its place in one step when all of it has been written.
+
+    `save_pretrained` writes `config.json` before the weights: where it fails over an older model, the new config is
+    left with the old weights. Here an error leaves `folder` as it was, or not there. So does a kill, and what that
+    leaves beside it the next call clears up; killed between two renames it leaves the old folder as `.NAME.old`.
+
+    Args:
+        folder (`str` or `Path`): Replaced with all that is in it.
+
+    Raises:
+        OSError: It could not be written, as on a full disk.
+
+    Example:
+
+        >>> with whole_folder("bert-sst2-1bit") as draft:  # doctest: +SKIP
+        ...     packed.save_pretrained(draft)
+    """
+    folder = Path(folder).absolute()
+    draft, old = (folder.with_name(f".{folder.name}.{end}") for end in ("draft", "old"))
+    _clear(folder, draft, old)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+    except (OSError, SafetensorError) as error:
+        left = "It is as it was before" if folder.exists() or old.exists() else "There is none now"
+        raise OSError(
+            f"{folder} could not be written: {error}. {left}. Make room there, or save elsewhere."
+        ) from error
+    finally:
+        _clear(folder, draft, old)
+
+
+def _clear(folder: Path, draft: Path, old: Path) -> None:
+    if old.exists() and not folder.exists():  # stopped between the two renames
+        old.rename(folder)
+    for path in (draft, old):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

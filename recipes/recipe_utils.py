@@ -17,6 +17,8 @@ from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArgume
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_stompp import BinarizationConfig, model_card, pack
+from hf_stompp.checkpoint import whole_folder
+from hf_stompp.trainer_card import training_facts
 
 
 def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, ...]:
@@ -146,22 +148,17 @@ def _refuse_finished(output_dir: str, checkpoint: str) -> None:
 
 
 def pack_and_reload(trainer: Trainer, folder: Path, auto_class: Any) -> None:
-    """Save the packed model in `folder`, and go on with it as any user will: `auto_class.from_pretrained(folder)`."""
+    """Save the packed model in `folder`, and go on with it as any user will: `auto_class.from_pretrained(folder)`.
+
+    The folder is there when it is whole, and not before: a full disk or a killed run leaves none, or the old one.
+    """
     if trainer.is_world_process_zero():
-        pack(trainer.model).save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+        with whole_folder(folder) as draft:
+            pack(trainer.model).save_pretrained(draft)
+            trainer.processing_class.save_pretrained(draft)
     trainer.accelerator.wait_for_everyone()
     # The constructor of Trainer takes no model that can only be evaluated.
     trainer.model = trainer.model_wrapped = auto_class.from_pretrained(folder).to(trainer.args.device)
-
-
-def result_row(model: str, metrics: dict[str, float], folder: str | Path) -> dict[str, Any]:
-    """A row of the result table out of what `Trainer.evaluate` returned for `model`, saved in `folder`."""
-    other = ("_loss", "_runtime", "_per_second", "_preparation_time", "epoch")
-    scores = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(other)}
-    seconds = sum(value for key, value in metrics.items() if key.endswith("_runtime"))
-    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    return {"model": model, **scores, "bytes": size, "eval_seconds": seconds}
 
 
 def format_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -180,17 +177,7 @@ def _cell(value: Any) -> str:
 
 def describe(recipe: Any, config: BinarizationConfig | None, args: TrainingArguments) -> dict[str, Any]:
     """What a reader of `results.json` needs to run it again; all `TrainingArguments` are in `training_args.bin`."""
-    return {
-        "recipe": vars(recipe),
-        "binarization": config and config.to_dict(),
-        "seed": args.seed,
-        "mask_seed": config and config.mask_seed,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "learning_rate": args.learning_rate,
-        "lr_scheduler": str(args.lr_scheduler_type.value),
-        "warmup_steps": args.warmup_steps,
-        "weight_decay": args.weight_decay,
-    }
+    return {"recipe": vars(recipe), **training_facts(args, config)}
 
 
 def report(results: dict[str, Any], folder: Path, dataset: str | None, command: Sequence[str]) -> None:

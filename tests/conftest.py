@@ -2,11 +2,14 @@
 
 import copy
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+from loopback_hub import TOKEN, LoopbackHub
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedConfig,
@@ -129,6 +133,69 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder ../shared/data beside the repository: the real data sets are not in it")
     return folder
+
+
+# --- a Hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[LoopbackHub]:
+    """The server behind `hub`."""
+    with LoopbackHub() as server:
+        yield server
+
+
+@pytest.fixture
+def hub(hub_server: LoopbackHub) -> LoopbackHub:
+    """An empty Hub on the loopback interface, which is that of `run`."""
+    hub_server.reset()
+    return hub_server
+
+
+@pytest.fixture(scope="session")
+def worker(hub_server: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    """The process that `run` and `run_all` fork theirs from."""
+    home = str(tmp_path_factory.mktemp("hf_home"))
+    settings = {"HF_ENDPOINT": hub_server.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": home}
+    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    folder = Path(__file__).parent
+    paths = [str(folder.parent), str(folder.parent / "recipes"), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.Popen(
+        [sys.executable, str(folder / "hub_worker.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    yield process
+    process.stdin.close()
+    process.wait()
+
+
+@pytest.fixture
+def run_all(worker: subprocess.Popen[str], tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Runs each code in a fresh process of its own, all at the same time, whose Hub is `hub`: what became of each."""
+
+    def call(*codes: str) -> list[dict[str, Any]]:
+        scripts = [tmp_path / f"job{i}.py" for i in range(len(codes))]
+        for script, code in zip(scripts, codes, strict=True):
+            script.write_text(code)
+            script.with_suffix(".json").unlink(missing_ok=True)
+        worker.stdin.write("\t".join(map(str, scripts)) + "\n")
+        worker.stdin.flush()
+        # What the jobs print comes before.
+        while (line := worker.stdout.readline()) != "done\n":
+            assert line, "the worker has died"
+        answers = [script.with_suffix(".json") for script in scripts]
+        return [json.loads(a.read_text()) if a.is_file() else {"error": ["killed"]} for a in answers]
+
+    return call
+
+
+@pytest.fixture
+def run(run_all: Callable[..., list[dict[str, Any]]]) -> Callable[[str], dict[str, Any]]:
+    """Runs code in a fresh process whose Hub is `hub`."""
+    return lambda code: run_all(code)[0]
 
 
 # --- training ------------------------------------------------------------------------------------------------------

@@ -1,69 +1,19 @@
 """A push publishes all of a model or nothing, whatever happens on the way; a pull gives back the same bits."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loopback_hub import TOKEN, LoopbackHub
+from loopback_hub import LoopbackHub
 from safetensors.torch import load, load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_stompp.card import UNNAMED
 
 REPO = "user/tiny-1bit"
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def empty_hub(hub: LoopbackHub) -> None:
-    hub.reset()
-
-
-@pytest.fixture(scope="module")
-def worker(hub: LoopbackHub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
-    home = str(tmp_path_factory.mktemp("hf_home"))
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN, "HF_HOME": home}
-    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parents[1]
-    environment = (
-        os.environ | settings | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    )
-    script = Path(__file__).with_name("hub_worker.py")
-    process = subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    yield process
-    process.stdin.close()
-    process.wait()
-
-
-@pytest.fixture
-def run(worker: subprocess.Popen[str], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """Runs code in a fresh process whose Hub is the loopback one."""
-
-    def call(code: str) -> dict[str, Any]:
-        script = tmp_path / "job.py"
-        script.write_text(code)
-        worker.stdin.write(f"{script}\n")
-        worker.stdin.flush()
-        # What the job prints comes before.
-        while (line := worker.stdout.readline()) != "done\n":
-            assert line, "the worker has died"
-        return json.loads(script.with_suffix(".json").read_text())
-
-    return call
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from datasets import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from hf_stompp import BinarizationConfig
-from recipe_utils import bucket_by_length, checkpoint_to_resume, format_table, parse_recipe, result_row, write_json
+from hf_stompp.trainer_card import result_row
+from recipe_utils import bucket_by_length, checkpoint_to_resume, format_table, parse_recipe, write_json
 from run_glue import RecipeArguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
