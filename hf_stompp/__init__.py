@@ -10,12 +10,14 @@ from hf_stompp.hub import model_card, push
 from hf_stompp.patching import binarize, calibrate, pack, unpack
 from hf_stompp.quantizer import register
 from hf_stompp.report import summary
+from hf_stompp.verification import Verification, verify
 
 register()
 
 __all__ = [
     "BinarizationConfig",
     "StomppCallback",
+    "Verification",
     "binarize",
     "calibrate",
     "model_card",
@@ -23,4 +25,5 @@ __all__ = [
     "push",
     "summary",
     "unpack",
+    "verify",
 ]

@@ -1,6 +1,7 @@
 """`model_card`: what a reader of the Hub must know of a binarized model, from the model itself and its results."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ _TASKS = {
     "ForMultipleChoice": "multiple-choice",
 }
 # What recipes and Trainers report → its id on the Hub.
-_METRICS = {
+METRICS = {
     "accuracy": "accuracy",
     "f1": "f1",
     "matthews_correlation": "matthews_correlation",
@@ -38,6 +39,8 @@ _METRICS = {
     "spearmanr": "spearmanr",
     "loss": "loss",
 }
+# Weights, configs, tokenizers.
+_DECIDING = ("*.json", "*.safetensors", "*.txt", "*.model")
 _METHODS = {
     "layerwise": "layer by layer under stochastic masks (StoMPP)",
     "global": "in all layers together under stochastic masks (global progressive freezing)",
@@ -138,7 +141,7 @@ def render(
         ModelCardData(
             base_model=base_model,
             base_model_relation="quantized" if base_model else None,
-            datasets=_hub_id(data.name),
+            datasets=hub_id(data.name),
             eval_results=results or None,
             library_name="transformers",
             license=license,
@@ -156,6 +159,7 @@ def render(
         method=_METHODS[config.progression],
         file_bytes=_file_bytes(folder, table, config.mode),
         float_bytes=table.float_bytes,
+        checksums=_checksums(folder) if config.mode == "packed" else "",
         example=_example(repo_id, type(model).__name__, task, folder, config.mode),
         parts=_parts(table),
         split=data.split,
@@ -176,7 +180,7 @@ def _template() -> Path:
     return packaged if packaged.is_file() else here.parents[1] / "model_cards" / "template.md"
 
 
-def _hub_id(name: str | None) -> str | None:
+def hub_id(name: str | None) -> str | None:
     """`name` if it can be a Hub id; a local path is nobody else's business, and says nothing to a reader."""
     return name if name and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
 
@@ -225,9 +229,11 @@ def _is_final(run: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
 def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) -> list[EvalResult]:
     """One structured result a metric; with several splits the Trainer puts `matched_` and the like before each."""
     results = []
-    limit = run["recipe"].get("max_eval_samples")
+    # What it takes to score the model again.
+    read = {"columns": run.get("columns"), "max_length": run.get("max_length")}
+    read["first_rows"] = run["recipe"].get("max_eval_samples")
     for key, value in _metrics(_row(run, mode)).items():
-        metric = next((name for name in _METRICS if key == name or key.endswith(f"_{name}")), key)
+        metric = next((name for name in METRICS if key == name or key.endswith(f"_{name}")), key)
         part = key.removesuffix(metric).rstrip("_")
         results.append(
             EvalResult(
@@ -236,9 +242,10 @@ def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) ->
                 dataset_name=str(data).replace("`", ""),
                 dataset_config=data.config,
                 dataset_split="_".join(filter(None, (data.split, part))) or None,
-                dataset_args={"first_rows": limit} if limit else None,
-                metric_type=_METRICS.get(metric, metric),
+                dataset_args={key: value for key, value in read.items() if value} or None,
+                metric_type=METRICS.get(metric, metric),
                 metric_value=value,
+                metric_config=run.get("metric_config"),
                 metric_args={"seed": run["seed"], "mask_seed": run["mask_seed"]},
             )
         )
@@ -311,6 +318,21 @@ def _file_bytes(folder: Path | None, table: Summary, mode: str) -> int:
     if folder is not None:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return table.packed_bytes if mode == "packed" else table.float_bytes
+
+
+def _checksums(folder: Path | None) -> str:
+    """A line, as `sha256sum` prints it, for each file that decides on what the model predicts."""
+    files = sorted(file for pattern in _DECIDING for file in (folder.glob(pattern) if folder else ()))
+    return "\n".join(f"{sha256(file)}  {file.name}" for file in files)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, which is read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _example(repo_id: str, model_class: str, task: str, folder: Path | None, mode: str) -> str:

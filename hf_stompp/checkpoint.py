@@ -39,21 +39,27 @@ def load_complete(folder: str | os.PathLike[str], *, latent: bool = False) -> Pr
         >>> model = load_complete("bert-sst2-1bit")  # doctest: +SKIP
     """
     folder = Path(folder)
-    config = _read_json(folder, CONFIG_NAME)
+    config = read_json(folder, CONFIG_NAME)
     check_kind(config.get("quantization_config"), str(folder), latent=latent)
-    _check_headers(folder)
-    names = config.get("architectures") or ["no class"]
-    auto_class = getattr(transformers, names[0], None)
-    if auto_class is None:
-        raise ValueError(f"{folder / CONFIG_NAME} names {names[0]} in `architectures`; allowed: one of transformers'.")
+    weight_files(folder)
+    auto_class = model_class(config.get("architectures"), str(folder / CONFIG_NAME))
     model, found = auto_class.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     absent = sorted(found["missing_keys"]) + sorted(str(key) for key in found["mismatched_keys"])
     if absent:
         raise ValueError(
-            f"{folder} has no tensor {absent[0]} of {names[0]}, or one of another shape ({len(absent)} in all): the "
-            "checkpoint is incomplete. Save it again."
+            f"{folder} has no tensor {absent[0]} of {auto_class.__name__}, or one of another shape ({len(absent)} in "
+            "all): the checkpoint is incomplete. Save it again."
         )
     return model
+
+
+def model_class(architectures: list[str] | None, what: str) -> Any:
+    """The class of transformers that the config `what` names, head and all."""
+    name = (architectures or ["no class"])[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(f"{what} names {name} in `architectures`; allowed: one of transformers'.")
+    return found
 
 
 def check_kind(quantization: Any, what: str, *, latent: bool) -> None:
@@ -116,7 +122,8 @@ def _clear(folder: Path, draft: Path, old: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in the file `name` of a saved model."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}; pass one that save_pretrained wrote.")
     if not (folder / name).is_file():
@@ -130,26 +137,36 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _check_headers(folder: Path) -> None:
-    """Opens every weight file, which checks its header against its size, and looks for all tensors of the index."""
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a saved model, all there, with whole headers, and with the tensors that their index lists.
+
+    Raises:
+        FileNotFoundError: There are no weights, or not all shards of them.
+        ValueError: A file is truncated or corrupted, or it and the index do not list the same tensors.
+    """
     single, sharded = (folder / name for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if single.is_file() and sharded.is_file():
         raise ValueError(f"{folder} has both {single.name} and {sharded.name}: two models in one.")
-    shards: dict[str, set[str]] = {SAFE_WEIGHTS_NAME: set()}
+    shards: dict[str, set[str]] = {}
     if sharded.is_file():
-        shards.clear()
-        for tensor, shard in _read_json(folder, sharded.name).get("weight_map", {}).items():
+        for tensor, shard in read_json(folder, sharded.name).get("weight_map", {}).items():
             shards.setdefault(shard, set()).add(tensor)
-    for name, expected in shards.items():
+    names = list(shards or [SAFE_WEIGHTS_NAME])
+    for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} has no {name}"
                 + (f", which {sharded.name} lists" if sharded.is_file() else "")
                 + ": the checkpoint is incomplete. Save it again, as safetensors."
             )
-        absent = sorted(expected - set(_tensor_names(folder / name)))
+    for name in names:
+        present = set(_tensor_names(folder / name))
+        absent, unlisted = sorted(shards.get(name, set()) - present), sorted(present - shards.get(name, present))
         if absent:
             raise ValueError(f"{folder / name} has no tensor {absent[0]}, which {sharded.name} lists. Save it again.")
+        if unlisted:
+            raise ValueError(f"{folder / name} has a tensor {unlisted[0]} that {sharded.name} does not list.")
+    return [folder / name for name in names]
 
 
 def _tensor_names(path: Path) -> Iterable[str]:

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+
+from hf_stompp.scoring import read_split
 
 HUB_ID = "nyu-mll/glue"
 
@@ -112,7 +114,7 @@ def load_task(
         limits |= dict.fromkeys(task.test, max_predict_samples)
     splits = DatasetDict()
     for split, limit in limits.items():
-        rows = _read_split(task.name, split, dataset_dir)
+        rows = read_split(HUB_ID, task.name, split, dataset_dir)
         _check_columns(rows, task, split)
         if split in task.test:  # -1 in every row but MRPC's: kept, it would only break the loss
             rows = rows.select_columns(list(task.columns))
@@ -133,37 +135,6 @@ def first_rows(rows: Dataset, limit: int | None, split: str) -> Dataset:
             "Leave the max_..._samples flag out to keep every row."
         )
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def _read_split(name: str, split: str, dataset_dir: str | Path | None) -> Dataset:
-    if dataset_dir is not None:
-        files = [str(file) for file in _split_files(name, split, Path(dataset_dir))]
-        return load_dataset("parquet", data_files={split: files}, split=split)
-    try:
-        return load_dataset(HUB_ID, name, split=split)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"{HUB_ID} ({name}, {split}) is neither in the local cache nor reachable on the Hub ({error}). "
-            "Check the network and HF_HUB_OFFLINE, or pass --dataset_dir with a folder of its parquet files."
-        ) from error
-
-
-def _split_files(name: str, split: str, folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"dataset_dir: received {str(folder)!r}, which is not a folder. Pass a folder with {name}/train.parquet "
-            f"or train.parquet in it, or leave --dataset_dir out to load {HUB_ID} from the Hub."
-        )
-    home = folder / name if (folder / name).is_dir() else folder
-    single = home / f"{split}.parquet"
-    files = [single] if single.is_file() else sorted(home.glob(f"{split}-[0-9]*-of-[0-9]*.parquet"))
-    if not files:
-        found = ", ".join(sorted(file.name for file in home.glob("*.parquet"))) or "no parquet file at all"
-        raise FileNotFoundError(
-            f"dataset_dir: {str(home)!r} has no split {split!r} of {name}; it holds {found}. "
-            f"Add {split}.parquet or {split}-00000-of-00001.parquet."
-        )
-    return files
 
 
 def _check_columns(rows: Dataset, task: Task, split: str) -> None:

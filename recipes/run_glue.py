@@ -34,6 +34,7 @@ from transformers import (
 import synthetic
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
+from hf_stompp.scoring import decide
 from hf_stompp.trainer_card import result_row
 from recipe_utils import bucket_by_length, describe, pack_and_reload, parse_recipe, report, train
 
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         task, data = load_data(recipe, args)
         source = recipe.model_name_or_path or synthetic.save_tiny_bert(Path(args.output_dir) / "initial")
         tokenizer = AutoTokenizer.from_pretrained(source)
-        data = tokenize(data, task, tokenizer, recipe.max_seq_length)
+        max_length = min(recipe.max_seq_length, tokenizer.model_max_length)
+        data = tokenize(data, task, tokenizer, max_length)
     if recipe.bucket_by_length:
         data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
         args.train_sampling_strategy = "sequential"
@@ -105,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.do_predict:
         for split in task.test:
             write_predictions(trainer, data[split], task, Path(args.output_dir) / f"predictions_{split}.tsv")
-    results = {**describe(recipe, config if recipe.binarize else None, args), **training, "rows": rows}
+    # What `hf_stompp.verify` needs to score the model again.
+    scoring = {"columns": list(task.columns), "max_length": max_length, "metric_config": metric_config(recipe)}
+    description = describe(recipe, config if recipe.binarize else None, args)
+    results = {**description, **scoring, **training, "rows": rows}
     if trainer.is_world_process_zero():
         dataset = None if recipe.task_name == "synthetic" else HUB_ID
         report(results, Path(args.output_dir), dataset, ["recipes/run_glue.py", *argv])
@@ -143,7 +148,7 @@ def load_data(recipe: RecipeArguments, args: TrainingArguments) -> tuple[Task, D
 def tokenize(data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
     def encode(rows: dict[str, list[str]]) -> Any:
         texts = [rows[column] for column in task.columns]
-        return tokenizer(*texts, truncation=True, max_length=min(max_length, tokenizer.model_max_length))
+        return tokenizer(*texts, truncation=True, max_length=max_length)
 
     return data.map(encode, batched=True, remove_columns=list(task.columns), desc="Tokenizing")
 
@@ -175,18 +180,16 @@ def evaluation_data(data: DatasetDict, task: Task) -> Any:
 
 def metrics_of(recipe: RecipeArguments, task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
     module = "glue" if recipe.hub_metrics else str(Path(__file__).parent / "metrics" / "glue")
-    name = "sst2" if recipe.task_name == "synthetic" else recipe.task_name  # plain accuracy, as SST-2's
-    metric = evaluate.load(module, name, keep_in_memory=True)
-    return lambda output: metric.compute(predictions=decide(output.predictions, task), references=output.label_ids)
+    metric = evaluate.load(module, metric_config(recipe), keep_in_memory=True)
+    return lambda output: metric.compute(predictions=decide(output.predictions), references=output.label_ids)
 
 
-def decide(logits: Any, task: Task) -> Any:
-    """The predicted scores of a regression, the predicted classes of anything else."""
-    return logits.squeeze(-1) if task.is_regression else logits.argmax(-1)
+def metric_config(recipe: RecipeArguments) -> str | None:
+    return "sst2" if recipe.task_name == "synthetic" else recipe.task_name  # plain accuracy, as SST-2's
 
 
 def write_predictions(trainer: Trainer, rows: Any, task: Task, path: Path) -> None:
-    decided = decide(trainer.predict(rows).predictions, task)
+    decided = decide(trainer.predict(rows).predictions)
     if trainer.is_world_process_zero():
         values = [f"{value:.3f}" if task.is_regression else task.labels[value] for value in decided]
         path.write_text("index\tprediction\n" + "".join(f"{i}\t{value}\n" for i, value in enumerate(values)))

@@ -143,6 +143,11 @@ class LoopbackHub:
         files = [{"rfilename": name} for name in commit.files]
         return {"id": repo_id, "sha": commit.sha, "private": self.repos[repo_id].private, "siblings": files}
 
+    def tree(self, query: dict[str, str], body: bytes, repo_id: str, revision: str) -> Any:
+        files = self._commit(repo_id, revision).files.items()
+        oids = {name: hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() for name, content in files}
+        return [{"type": "file", "path": name, "size": len(content), "oid": oids[name]} for name, content in files]
+
     def preupload(self, query: dict[str, str], body: bytes, repo_id: str, revision: str) -> Any:
         """Which files are large, and what of them is there already."""
         there = self._commit(repo_id, revision).files
@@ -231,6 +236,7 @@ _ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", LoopbackHub.large_batch),
     ("PUT", "/upload/([0-9a-f]+)", LoopbackHub.upload),
     ("GET", f"/api/models/{_REPO}(?:/revision/([^/]+))?", LoopbackHub.info),
+    ("GET", f"/api/models/{_REPO}/tree/([^/]+)", LoopbackHub.tree),
     ("GET", f"/{_REPO}/resolve/([^/]+)/(.+)", LoopbackHub.resolve),
 ]
 

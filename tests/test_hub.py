@@ -83,6 +83,34 @@ def test_pushed_and_pulled_by_fresh_processes(
     assert all(state[key].dtype == here[key].dtype and torch.equal(state[key], here[key]) for key in here)
 
 
+def test_verified_on_the_hub(
+    hub: LoopbackHub, run: Callable[[str], dict[str, Any]], pushed: Callable[..., dict[str, Any]], packed_folder: Path
+) -> None:
+    """What is pushed passes; a repository where a byte was changed since does not."""
+    (packed_folder / "onnx").mkdir()
+    (packed_folder / "onnx" / "model.onnx").write_bytes(b"large")
+    assert pushed(packed_folder)["error"] is None
+    files = hub.head(REPO).files
+    weights = bytearray(files["model.safetensors"])
+    weights[-1] ^= 1
+    hub.create("user/changed", {**files, "model.safetensors": bytes(weights)})
+    done = run(
+        "import hf_stompp\n"
+        "def statuses(repo, **options):\n"
+        "    return [check.status for check in hf_stompp.verify(repo, **options).checks]\n"
+        f"result = [statuses({REPO!r}), statuses('user/changed', revision='main')]\n"
+    )
+    assert done["error"] is None
+    assert done["result"] == [[*6 * ["passed"], "skipped"], ["passed", "failed", *5 * ["skipped"]]]
+    assert not any("onnx" in request for request in hub.requests if request.startswith(("GET", "HEAD")))
+    for repo, options in (("user/absent", ""), (REPO, ", revision='absent'")):
+        done = run(f"import hf_stompp\nhf_stompp.verify({repo!r}{options})\n")
+        assert done["error"][0] == "FileNotFoundError" and "is neither a folder nor a repository" in done["message"]
+    hub.fault("GET", "/api/models/", "drop")
+    done = run("import hf_stompp\nhf_stompp.verify('user/other')\n")
+    assert done["error"][0] == "ConnectionError" and "could not be downloaded from the Hub" in done["message"]
+
+
 def test_a_folder_is_pushed_as_it_is(
     hub: LoopbackHub, pushed: Callable[..., dict[str, Any]], packed_folder: Path
 ) -> None:
