@@ -1,0 +1,242 @@
+"""The command line `hf-stompp`: the functions of the package on saved models."""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, HfArgumentParser
+
+from hf_stompp.card import UNNAMED, model_card
+from hf_stompp.checkpoint import load_complete, model_class
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.hub import push
+from hf_stompp.patching import pack
+from hf_stompp.report import summary
+from hf_stompp.verification import verify
+
+_PROGRAM = "hf-stompp"
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+# What a wrong argument, folder, network or installation raises; anything else is a bug, and shows where it is.
+_EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, or 1 where a verification failed, or 2 for wrong use.
+
+    Example:
+
+        >>> main(["summary", "out/sst2/packed"])  # doctest: +SKIP
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except _EXPECTED as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"{_PROGRAM}: error: {text}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(_PROGRAM, description="1-bit BERTs: look at, pack, publish and verify them.")
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {_version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_summary(commands)
+    _add_pack(commands)
+    _add_push(commands)
+    _add_card(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _version() -> str:
+    try:
+        return version("hf_stompp")
+    except PackageNotFoundError:
+        return "(run from its sources, not installed)"
+
+
+def _flag(parser: argparse.ArgumentParser, name: str, help: str, **options: Any) -> None:
+    """Adds `--two-words`, which may be written `--two_words` too, as the flags of the recipes are."""
+    spellings = dict.fromkeys((f"--{name}", f"--{name.replace('-', '_')}"))
+    parser.add_argument(*spellings, help=help, **options)
+
+
+def _command(commands: Any, name: str, run: Any, help: str, **options: Any) -> Any:
+    parser = commands.add_parser(name, help=help, description=help, **options)
+    parser.set_defaults(run=run)
+    return parser
+
+
+# --- the commands --------------------------------------------------------------------------------------------------
+
+
+def _add_summary(commands: Any) -> None:
+    fields = HfArgumentParser(BinarizationConfig, add_help=False)
+    text = "Print what is, or would be, binarized in a model, layer by layer, and where its bytes are."
+    parser = _command(commands, "summary", _summary, text, parents=[fields], conflict_handler="resolve")
+    parser.add_argument("model", help="folder or Hub id of a full-precision, latent or packed model")
+
+
+def _summary(arguments: argparse.Namespace) -> int:
+    names = [field.name for field in dataclasses.fields(BinarizationConfig) if field.init]
+    config = BinarizationConfig(**{name: getattr(arguments, name) for name in names})
+    found = model_class(AutoConfig.from_pretrained(arguments.model).architectures, arguments.model)
+    print(summary(found.from_pretrained(arguments.model), config))
+    return 0
+
+
+def _add_pack(commands: Any) -> None:
+    parser = _command(commands, "pack", _pack, "Pack a trained, fully frozen checkpoint into bits.")
+    parser.add_argument("latent", metavar="LATENT_FOLDER", help="what the training saved")
+    parser.add_argument("out", metavar="OUT", help="the new folder, which must not exist or be empty")
+    _flag(parser, "embedding-bits", "bits of the embedding tables; by default as configured", type=int)
+    dtypes = ["float32", "float16", "bfloat16"]
+    _flag(parser, "dtype", "of what stays in floats; by default as it is", choices=dtypes)
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    latent, out = Path(arguments.latent), Path(arguments.out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"OUT: received {str(out)!r}, which exists; allowed: a new folder, or an empty one.")
+    dtype = arguments.dtype and getattr(torch, arguments.dtype)
+    packed = pack(load_complete(latent, latent=True), embedding_bits=arguments.embedding_bits, dtype=dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Whoever looks at OUT finds all of the model or nothing.
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        draft = Path(temporary) / out.name
+        packed.save_pretrained(draft)
+        for file in sorted({file for pattern in _TOKENIZER for file in latent.glob(pattern)}):
+            shutil.copy(file, draft)
+        os.replace(draft, out)
+    print(f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')):,} bytes of weights")
+    return 0
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(commands, "push", _push, "Publish a packed model on the Hub, in one commit.")
+    parser.add_argument("folder", metavar="FOLDER", help="a packed model")
+    parser.add_argument("repo_id", metavar="REPO_ID", help="user/name, made if there is none")
+    _flag(parser, "private", "make the repository private", action="store_const", const=True)
+    _flag(parser, "revision", "the branch; by default main")
+    _flag(parser, "commit-message", "the title of the commit")
+    _flag(parser, "create-pr", "open a pull request instead of committing to the branch", action="store_true")
+    _flag(parser, "latent", "also push a latent checkpoint, which is full-precision", action="store_true")
+    _flag(parser, "card", "file with the text of README.md; without it as push does", metavar="FILE")
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    info = push(
+        arguments.folder,
+        arguments.repo_id,
+        private=arguments.private,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
+        create_pr=arguments.create_pr,
+        card=arguments.card and _read("--card", arguments.card),
+        latent=arguments.latent,
+    )
+    print(info.pr_url or info.commit_url)
+    return 0
+
+
+def _add_card(commands: Any) -> None:
+    parser = _command(commands, "card", _card, "Write the model card of a saved model.")
+    parser.add_argument("folder", metavar="FOLDER", help="a packed or latent model")
+    _flag(parser, "results", "results.json of the run that made it", metavar="FILE")
+    compared = "a run to show beside it; any number of them"
+    _flag(parser, "compared", compared, nargs="+", action="extend", default=[], metavar="NAME=FILE")
+    _flag(parser, "dataset", "Hub id of the data")
+    _flag(parser, "base-model", "Hub id of the pretrained model")
+    _flag(parser, "license", "a license id of the Hub")
+    _flag(parser, "repo-id", "the repository it is for; without it, push fills it in", default=UNNAMED)
+    _flag(parser, "command", "the training command")
+    _flag(parser, "output", "file to write; - prints; by default FOLDER/README.md", metavar="FILE")
+    _flag(parser, "force", "overwrite the card that is there", action="store_true")
+
+
+def _card(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.output or Path(arguments.folder, "README.md"))
+    printed = arguments.output == "-"
+    if not printed and path.exists() and not arguments.force:
+        raise ValueError(f"{path} exists. Pass --force to overwrite it, or --output with another file, or - to print.")
+    card = model_card(
+        arguments.folder,
+        results=arguments.results and _read_json("--results", arguments.results),
+        compared=dict(_named_run(text) for text in arguments.compared),
+        dataset=arguments.dataset,
+        base_model=arguments.base_model,
+        license=arguments.license,
+        repo_id=arguments.repo_id,
+        command=arguments.command,
+    )
+    if printed:
+        print(card)
+        return 0
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(str(card), encoding="utf-8")
+    os.replace(draft, path)
+    print(path)
+    return 0
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(commands, "verify", _verify, "Check a packed model: its files, its card, its scores.")
+    parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a packed model, or its Hub id")
+    _flag(parser, "revision", "of the repository; by default main")
+    _flag(parser, "dataset-dir", "folder of parquet files with the data; by default the Hub's", metavar="FOLDER")
+    _flag(parser, "metric", "evaluate module, its path or Hub id, as recipes/metrics/glue")
+    _flag(parser, "tolerance", "how far a score may be off; 0.005 by default", type=float, default=0.005)
+    _flag(parser, "no-scores", "do not score the model again", action="store_true")
+    _flag(parser, "json", "print JSON", action="store_true")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    done = verify(
+        arguments.source,
+        revision=arguments.revision,
+        dataset_dir=arguments.dataset_dir,
+        metric=arguments.metric,
+        tolerance=arguments.tolerance,
+        scores=not arguments.no_scores,
+    )
+    print(json.dumps({"ok": done.ok, **dataclasses.asdict(done)}, indent=2) if arguments.json else done)
+    return 0 if done.ok else 1
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _read(flag: str, path: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{flag}: received {path!r}; allowed: a file.")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _read_json(flag: str, path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_read(flag, path))
+    except ValueError as error:
+        raise ValueError(f"{flag}: {path} is no JSON ({error}); allowed: the results.json of a recipe.") from error
+    if not isinstance(content, dict) or "rows" not in content:
+        raise ValueError(f"{flag}: {path} is not what a recipe writes to results.json; allowed: that file.")
+    return content
+
+
+def _named_run(text: str) -> tuple[str, dict[str, Any]]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"--compared: received {text!r}; allowed: NAME=FILE, as STE=out/ste/results.json.")
+    return name, _read_json("--compared", path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
