@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_stompp.card import UNNAMED, model_card
-from hf_stompp.checkpoint import load_complete, model_class
+from hf_stompp.checkpoint import load_complete, model_class, whole_folder
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.hub import push
 from hf_stompp.patching import pack
@@ -109,14 +108,10 @@ def _pack(arguments: argparse.Namespace) -> int:
         raise ValueError(f"OUT: received {str(out)!r}, which exists; allowed: a new folder, or an empty one.")
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
     packed = pack(load_complete(latent, latent=True), embedding_bits=arguments.embedding_bits, dtype=dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Whoever looks at OUT finds all of the model or nothing.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        draft = Path(temporary) / out.name
+    with whole_folder(out) as draft:
         packed.save_pretrained(draft)
         for file in sorted({file for pattern in _TOKENIZER for file in latent.glob(pattern)}):
             shutil.copy(file, draft)
-        os.replace(draft, out)
     print(f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')):,} bytes of weights")
     return 0
 
