@@ -19,7 +19,7 @@ STARTED := $(VENV)/.started
 PYTHONS  = $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3 python)
 USABLE  := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 
-.PHONY: help setup demo test check style bench-training clean
+.PHONY: help setup demo test check style bench-training bench-sizes clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -44,6 +44,9 @@ style: $(READY) ## fix what can be fixed of lint and formatting
 
 bench-training: $(READY) ## measure what binarization adds to a training step
 	$(BIN)/python benchmarks/training.py
+
+bench-sizes: $(READY) ## measure files and memory of packed models
+	$(BIN)/python benchmarks/sizes.py
 
 clean: ## remove .venv and all caches
 	rm -rf $(VENV) .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -58,15 +58,15 @@ def pack_signs(x: Tensor) -> Tensor:
     return pack_codes(x >= 0, bits=1)
 
 
-def unpack_signs(packed: Tensor, length: int) -> Tensor:
-    """The inverse of [`pack_signs`]: uint8 `[..., ceil(K/8)]` → float32 ±1 `[..., K]`, with `K = length`.
+def unpack_signs(packed: Tensor, length: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The inverse of [`pack_signs`]: uint8 `[..., ceil(K/8)]` → ±1 `[..., K]` of a float `dtype`, with `K = length`.
 
     Example:
 
         >>> unpack_signs(torch.tensor([[5]], dtype=torch.uint8), 4)
         tensor([[ 1., -1.,  1., -1.]])
     """
-    return unpack_codes(packed, length, bits=1).to(torch.float32) * 2 - 1
+    return unpack_codes(packed, length, bits=1).to(dtype).mul_(2).sub_(1)
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
