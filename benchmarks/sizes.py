@@ -2,8 +2,8 @@
 
     python benchmarks/sizes.py
 
-Every model is saved first, and then loaded in a fresh process in each round, in which a tiny model of the same kind has
-been loaded and run before, so that code that is imported on first use does not count as the model's. Memory is what the
+Every model is saved first, and then loaded in a fresh process in each round. A tiny model of the same kind has been
+loaded and run there before, so that code imported on first use does not count as the model's. Memory is what the
 resident set of that process (Rss of Linux's smaps_rollup) grows by. safetensors maps the file: its pages become
 resident, as file-backed memory, when a tensor is first read, most of them in the first forward. What a forward leaves
 of the process's own is mostly freed memory that the allocator keeps. Load times are of the processor.

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack, summary, unpack
@@ -126,6 +127,14 @@ def test_packed_model_in_half_precision_keeps_scales_and_thresholds(
     for name, layer in packed_layers(packed).items():
         assert layer.weight.dtype == torch.uint8 and layer.weight_scale.dtype == torch.float32
         assert torch.equal(layer.activation_threshold, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_made_in_half_precision_is_the_rounded_one(dtype: torch.dtype) -> None:
+    layer = PackedLinear.empty(nn.Linear(13, 5), binary_input=False)
+    layer.weight.random_(0, 256)
+    layer.weight_scale.copy_(torch.tensor([0.0, 1e-9, 1e-6, 0.0123, 7.0]))
+    assert torch.equal(layer.dequantized_weight(dtype), layer.dequantized_weight().to(dtype))
 
 
 def test_to_float_is_the_exact_weight(tiny_model: Callable, tiny_batch: Callable) -> None:
