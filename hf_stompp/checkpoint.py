@@ -87,7 +87,7 @@ def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     leaves beside it the next call clears up; killed between two renames it leaves the old folder as `.NAME.old`.
 
     Args:
-        folder (`str` or `Path`): Replaced with all that is in it.
+        folder (`str` or `Path`): Replaced with all that is in it. One process at a time may write it.
 
     Raises:
         OSError: It could not be written, as on a full disk.
@@ -97,7 +97,9 @@ def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
         >>> with whole_folder("bert-sst2-1bit") as draft:  # doctest: +SKIP
         ...     packed.save_pretrained(draft)
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()  # where a link points to
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; pass the name of a folder.")
     draft, old = (folder.with_name(f".{folder.name}.{end}") for end in ("draft", "old"))
     _clear(folder, draft, old)
     try:
@@ -109,7 +111,7 @@ def whole_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         left = "It is as it was before" if folder.exists() or old.exists() else "There is none now"
         raise OSError(
-            f"{folder} could not be written: {error}. {left}. Make room there, or save elsewhere."
+            f"{folder} could not be written: {error}. {left}. If there is no room, make some, or save elsewhere."
         ) from error
     finally:
         _clear(folder, draft, old)

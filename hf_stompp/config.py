@@ -92,7 +92,8 @@ class BinarizationConfig(QuantizationConfigMixin):
         32, "Bits, in the packed model, of embedding tables that are not binarized in training: rounded when packed."
     )
     include: list[str] = _flag(
-        [], "fnmatch patterns of module names: binarize these as well, whatever their role. Wins over exclude."
+        [],
+        "fnmatch patterns of layers and tables to binarize as well, whatever their role. Wins over exclude.",
     )
     exclude: list[str] = _flag([], "fnmatch patterns of module names that stay in full precision.")
     mask_seed: int = _flag(0, "Seed of the masks and of a random order; independent of the training seed.")

@@ -98,9 +98,10 @@ def _pass_inside(grad: Tensor, x: Tensor, scale: Tensor, clip: float | None, uns
         torch.abs(x, out=out).le_(clip * scale).mul_(grad)
 
 
-def _kernel(x: Tensor, scale: Tensor, mask: Tensor | bool) -> Any:
+def _kernel(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None) -> Any:
     """The kernel module for these arguments, or None: then torch does it."""
-    if kernels.backend() == "reference":
+    nothing_to_do = mask is False and clip is None
+    if nothing_to_do or x.device.type != "cpu" or torch.compiler.is_compiling() or kernels.backend() == "reference":
         return None
     from hf_stompp.kernels import mixing  # importing numba takes a second: not before it is used
 
@@ -114,7 +115,7 @@ class _Mix(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool, ste: bool
     ) -> Tensor:
-        kernel = _kernel(x, scale, mask)
+        kernel = _kernel(x, scale, mask, clip)
         if mask is False and clip is None:
             y = x.view_as(x)
         elif kernel is not None:

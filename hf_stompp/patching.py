@@ -34,6 +34,11 @@ def packed_tables(model: nn.Module) -> dict[str, PackedEmbedding]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedEmbedding)}
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether anything in a model is packed."""
+    return bool(packed_layers(model) or packed_tables(model))
+
+
 def frozen_fraction(model: nn.Module) -> float:
     """The share of the weights of a model's latent layers that is frozen now; 0 if it has none."""
     layers = binary_layers(model).values()
@@ -70,7 +75,7 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"binarize takes a transformers.PreTrainedModel, not a {type(model).__name__}.")
-    if binary_layers(model) or packed_layers(model):
+    if binary_layers(model) or is_packed(model):
         raise ValueError(f"This {type(model).__name__} is binarized already; load the full-precision model again.")
     config = copy.deepcopy(config or BinarizationConfig())
     plans = [plan for plan in select(model, config) if not plan.skipped]
@@ -88,7 +93,7 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
     config.modules = {plan.key: _entry(plan, config) for plan in plans}
     model.config.quantization_config = config
     # Masks are the same on every rank by construction: DDP need not send them.
-    masks = [f"{plan.name}.{mask}" for plan in plans for mask in ("weight_mask", "activation_mask")]
+    masks = [f"{name}.{kind}_mask" for name, layer in binary_layers(model).items() for kind in layer.MASKS]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *masks]
     return model
 
@@ -155,6 +160,8 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
         and layer.activation_scale is not None
         and (units is None or layer.unit in units)
     ]
+    if not layers:  # a unit of tables
+        return
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     training = model.training
     try:
@@ -263,7 +270,7 @@ def _check_packable(model: PreTrainedModel) -> BinarizationConfig:
     """Refuses a model that is not binarized, or not to the end; returns its config."""
     layers = binary_layers(model)
     if not layers:
-        state = "packed already" if packed_layers(model) else "not binarized; train it with StomppCallback first"
+        state = "packed already" if is_packed(model) else "not binarized; train it with StomppCallback first"
         raise ValueError(f"pack takes a binarized model, but this {type(model).__name__} is {state}.")
     config = next(iter(layers.values())).config
     if not config.weights:
@@ -310,15 +317,14 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: The model is not packed.
     """
-    layers = packed_layers(model)
-    if not layers:
+    if not is_packed(model):
         raise ValueError(f"unpack takes a packed model, but this {type(model).__name__} has no packed layer.")
     config = copy.deepcopy(model.config.quantization_config)
     config.mode = "train"
     config.modules = {key: entry for key, entry in config.modules.items() if "unit" in entry}
     latent = copy.deepcopy(model)
     base = "" if model.base_model is model else model.base_model_prefix + "."
-    for name, layer in layers.items():
+    for name, layer in packed_layers(model).items():
         latent.set_submodule(name, _to_binary(layer, config, name.removeprefix(base)))
     for name, packed in packed_tables(model).items():
         table, key = packed.to_float(), name.removeprefix(base)

@@ -30,6 +30,7 @@ from hf_stompp.patching import (
     replace_gelu,
     tables_to_pack,
 )
+from hf_stompp.selection import tied_modules
 
 logger = logging.get_logger(__name__)
 
@@ -188,6 +189,12 @@ def _packed_modules(
             listed[name] = entry["levels"] is not None
     if not files or not all(file.endswith(".safetensors") for file in files):
         return listed, tables
+    tied = sorted(tables.keys() & tied_modules(model)) if tables else []
+    if tied:
+        raise ValueError(
+            f"The checkpoint has the table {tied[0]} packed, but {type(model).__name__} shares it with its output "
+            "layer, which needs floats. Load the class it was trained as, or dequantize() it first."
+        )
     present, found = _checkpoint_tensors(model, files)
     _check_all_present(model, present, [f"{name}.weight" for name in [*listed, *tables] if name not in found])
     for name, tensors in found.items():

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.layers import BinaryEmbedding, BinaryLinear, PackedEmbedding, PackedLinear
 from hf_stompp.packing import packed_length
-from hf_stompp.patching import frozen_fraction, packed_layers
+from hf_stompp.patching import frozen_fraction, is_packed
 from hf_stompp.selection import LayerPlan, embedding_tables, select
 
 
@@ -141,7 +141,7 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
             plan = plans.get(name, LayerPlan(name, name, "embedding", skipped="not executed"))
             rows.append(_table_row(plan, module, config.embedding_bits if reasons.get(name) == "" else 32))
     rows.append(_rest_row("norms and others", (p for _, p in rest.values())))
-    frozen = 1.0 if packed_layers(model) else frozen_fraction(model)
+    frozen = 1.0 if is_packed(model) else frozen_fraction(model)
     return Summary(type(model).__name__, tuple(rows), frozen)
 
 

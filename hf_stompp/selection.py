@@ -170,7 +170,9 @@ def embedding_tables(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _tables(model: PreTrainedModel, trace: _Trace) -> dict[str, str]:
-    tied, width = _tied(model), model.get_input_embeddings().embedding_dim
+    tied = tied_modules(model)
+    # A vision model looks nothing up, and its embeddings are no table.
+    width = model.get_input_embeddings().embedding_dim if trace.tables else None
     reasons = {}
     for call in trace.tables:
         table = model.get_submodule(call.name)
@@ -200,8 +202,8 @@ def _stem(model: PreTrainedModel, units: dict[str, int]) -> set[str]:
     return set(first) if len(first) == 1 and model.get_submodule(first[0]).in_features != hidden else set()
 
 
-def _tied(model: PreTrainedModel) -> set[str]:
-    """Linears whose weight is another's too, by the model's own account or because they share the tensor."""
+def tied_modules(model: PreTrainedModel) -> set[str]:
+    """Linears and tables whose weight is another's too, by the model's own account or as they share the tensor."""
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {name.removesuffix(".weight") for pair in declared.items() for name in pair}
     names: dict[int, list[str]] = defaultdict(list)
@@ -261,14 +263,16 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
             the model cannot be traced.
     """
     trace = _trace(model, with_head=bool(config.include))
-    units, tied = _units(trace), _tied(model)
+    units, tied = _units(trace), tied_modules(model)
     stem = _stem(model, units) if units else set()
     half_rectified = {call.name for call in trace.linears if id(call.input) in trace.source}
     base = "" if model.base_model is model else model.base_model_prefix + "."
     executed = list(units)
     others = [n for n, m in model.named_modules(remove_duplicate=False) if type(m) in LINEARS and n not in units]
     plans = [
-        LayerPlan(name, name.removeprefix(base), "embedding", -1, skipped=reason)
+        LayerPlan(
+            name, name.removeprefix(base), "embedding", -1, skipped=reason or "weights=False" * (not config.weights)
+        )
         for name, reason in _tables(model, trace).items()
     ]
     for name in executed + others:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_stompp import push
-from hf_stompp.checkpoint import load_complete
+from hf_stompp.checkpoint import load_complete, whole_folder
 
 REPO = "user/tiny-1bit"
 
@@ -123,3 +123,20 @@ def test_what_is_complete(packed_folder: Path, frozen_bert: PreTrainedModel, tmp
     assert load_complete(tmp_path / "latent", latent=True).config.quantization_config.mode == "train"
     with pytest.raises(ConnectionError, match="offline mode is enabled"):  # nothing but the network is in the way
         push(packed_folder, REPO)
+
+
+def test_a_whole_folder_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "disk" / "model")
+    for text in ("one", "two"):
+        with whole_folder(tmp_path / "model") as draft:
+            (draft / "config.json").write_text(text)
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "disk" / "model" / "config.json").read_text() == "two"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["model"]
+
+
+def test_a_file_is_not_made_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(FileExistsError, match="model is a file"), whole_folder(tmp_path / "model"):
+        pass
+    assert (tmp_path / "model").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, PreTrainedModel
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack, summary, unpack
 from hf_stompp.layers import BinaryEmbedding, BinaryLinear, PackedLinear
@@ -242,6 +242,38 @@ def test_a_table_of_the_training_has_one_bit_beside_rounded_ones(
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, packed(**batch).logits)
         torch.testing.assert_close(again(**batch).logits, packed(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_which_only_the_tables_are_binary(tiny_model: Callable, tiny_batch: Callable) -> None:
+    batch = tiny_batch()
+    config = BinarizationConfig(embeddings=True, activations=False, exclude=["*encoder*"])
+    latent = frozen_model(tiny_model("bert"), batch, config)
+    packed = pack(latent)
+    assert not packed_layers(packed) and summary(packed).frozen_fraction == 1.0
+    with torch.no_grad():
+        torch.testing.assert_close(unpack(packed)(**batch).logits, latent(**batch).logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="binarized already"):
+        binarize(packed)
+    with pytest.raises(ValueError, match="packed already"):
+        pack(packed)
+
+
+def test_a_packed_table_does_not_load_into_a_tied_output_layer(
+    tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+) -> None:
+    latent = frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig(embeddings=True))
+    pack(latent).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"word_embeddings packed, but BertForMaskedLM shares it with its output layer"
+    ):
+        BertForMaskedLM.from_pretrained(tmp_path)
+
+
+def test_a_table_is_not_resized_under_its_mask(tiny_model: Callable, tiny_batch: Callable) -> None:
+    latent = frozen_model(tiny_model("bert"), tiny_batch(), BinarizationConfig(embeddings=True))
+    latent.resize_token_embeddings(64, mean_resizing=False)
+    with pytest.raises(ValueError, match=r"embeddings.word_embeddings was resized to \(64, 32\).*before the model"):
+        latent(**tiny_batch())
 
 
 def test_a_table_tied_to_the_output_layer_stays(tiny_model: Callable, tiny_batch: Callable) -> None:

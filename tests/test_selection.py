@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Model, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2Model,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_stompp import BinarizationConfig
 from hf_stompp.selection import LayerPlan, activations_feeding, select
@@ -340,3 +347,15 @@ def test_activations_feeding_finds_the_gelu_before_a_layer(architecture: str, ti
     assert len(found) == len(blocks)
     assert all("GELU" in type(model.get_submodule(name)).__name__ for name in found)
     assert activations_feeding(model, {encoder_units(architecture)[0][0]}) == []
+
+
+def test_a_vision_transformer_has_no_tables() -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **sizes))
+    plans = select(model, BinarizationConfig(embeddings=True))
+    assert [plan.role for plan in plans if not plan.skipped] == ["encoder"] * 6
+
+
+def test_a_table_is_a_weight(tiny_model: ModelFactory) -> None:
+    with pytest.raises(ValueError, match="word_embeddings', which cannot be binarized: weights=False"):
+        select(tiny_model("bert"), BinarizationConfig(weights=False, include=["*.word_embeddings"]))

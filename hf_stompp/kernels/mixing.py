@@ -61,8 +61,8 @@ def backward(
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())  # they are started as they are needed
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -70,10 +70,10 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -> None:
-    """Calls a kernel, which lets go of Python's lock, on as many blocks of rows as torch has threads. An array of one
-    row goes with each block."""
+    """Calls a kernel, which lets go of Python's lock, on as many blocks of rows as torch has threads, if these are
+    large enough. An array of one row goes with each block."""
     rows = len(arrays[0])
-    threads = min(torch.get_num_threads(), rows)
+    threads = min(torch.get_num_threads(), rows, arrays[0].size // _LARGE)
     if threads == 1:
         kernel(*arrays, *options.values())
         return
@@ -82,7 +82,7 @@ def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -
     def block(start: int, stop: int) -> None:
         kernel(*(array if len(array) == 1 else array[start:stop] for array in arrays), *options.values())
 
-    list(_pool(threads).map(block, ends[:-1], ends[1:]))
+    list(_pool().map(block, ends[:-1], ends[1:]))
 
 
 def _rows(x: Tensor) -> np.ndarray:

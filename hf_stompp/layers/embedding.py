@@ -39,6 +39,11 @@ class BinaryEmbedding(LatentLayer, nn.Embedding):
         return table
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.weight.shape != self.weight_mask.shape:
+            raise ValueError(
+                f"The table {self.key} was resized to {tuple(self.weight.shape)}, but its mask is "
+                f"{tuple(self.weight_mask.shape)}: call resize_token_embeddings before the model is binarized."
+            )
         rows = nn.functional.embedding(input, self.weight, self.padding_idx).flatten(0, -2)
         mask = self._mask(self.weight_mask)
         if isinstance(mask, Tensor):

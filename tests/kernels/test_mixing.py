@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -185,3 +187,27 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         [sys.executable, "-c", code], env=_environment(), capture_output=True, text=True, timeout=120
     )
     assert done.stdout.strip() == "0", done.stderr
+
+
+def test_a_numba_that_does_not_work_is_as_good_as_none(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 1.0')")
+    code = "from hf_stompp import kernels; print(kernels.backend())"
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=_environment(PYTHONPATH=path), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "reference" and "does not work (Numba needs NumPy 1.0)" in done.stderr
+    environment = _environment(PYTHONPATH=path, HF_STOMPP_KERNELS="cpu")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ImportError: HF_STOMPP_KERNELS=cpu needs a numba that works" in done.stderr
+
+
+def test_many_threads_are_no_more_than_the_processors() -> None:
+    threads, before = torch.get_num_threads(), threading.active_count()
+    try:
+        torch.set_num_threads(16)
+        for rows in (30, 40, 50, 60):
+            mix(torch.randn(rows, 3000), torch.ones(1), True, clip=2.0)
+    finally:
+        torch.set_num_threads(threads)
+    assert threading.active_count() - before <= (os.cpu_count() or 1)
