@@ -88,8 +88,9 @@ def _add_summary(commands: Any) -> None:
 def _summary(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(BinarizationConfig) if field.init]
     config = BinarizationConfig(**{name: getattr(arguments, name) for name in names})
-    found = model_class(AutoConfig.from_pretrained(arguments.model).architectures, arguments.model)
-    print(summary(found.from_pretrained(arguments.model), config))
+    saved = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
+    found = model_class(saved.architectures, arguments.model)
+    print(summary(found.from_pretrained(arguments.model, trust_remote_code=False), config))
     return 0
 
 

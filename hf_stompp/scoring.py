@@ -7,7 +7,8 @@ import importlib.util
 import inspect
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers.utils import logging
 from hf_stompp.card import METRICS, hub_id
 
 _BATCH_SIZE = 32
+# `evaluate` runs what it loads: without the caller's word only these of its own, whatever else a card names.
+_MODULES = sorted({"glue", *METRICS.values()} - {"loss"})
 
 
 def read_split(
@@ -137,19 +140,40 @@ class Scorer:
         """Why a result cannot be checked; empty if it can."""
         if result.task_type != "text-classification":
             return f"scores of {result.task_type} are not checked, only those of text-classification"
-        if not (result.dataset_args or {}).get("columns"):
+        if getattr(self.model.config, "problem_type", None) == "multi_label_classification":
+            return "the model gives several labels to a text, and only one is checked"
+        # The Trainer's own cards have a string there.
+        if not (isinstance(result.dataset_args, Mapping) and result.dataset_args.get("columns")):
             return "the card does not say which columns the model reads"
         if self.dataset_dir is None and hub_id(result.dataset_type) is None:
             return f"its data, {result.dataset_type!r}, is not on the Hub; pass dataset_dir"
+        return self._unsafe(result) if self.metric is None else ""
+
+    def _unsafe(self, result: EvalResult) -> str:
+        """Why the metric that a result names is not run; empty if it is one of `evaluate`'s own."""
+        module, config = self._module(result), self._config(result)
+        if module not in _MODULES:
+            return f"its metric {module!r} is not one of {', '.join(_MODULES)}; pass metric"
+        if Path(module).exists():
+            return f"{module!r} is a file or folder here, which would be taken for its metric; pass metric"
+        if config is not None and not re.fullmatch(
+            r"\w[\w.-]*", str(config)
+        ):  # `evaluate` makes a folder of that name
+            return f"its metric's config {config!r} is not a name; pass metric"
         return ""
+
+    def _module(self, result: EvalResult) -> str:
+        return self.metric or ("glue" if result.dataset_type == "nyu-mll/glue" else result.metric_type)
+
+    @staticmethod
+    def _config(result: EvalResult) -> Any:
+        return result.metric_config or result.dataset_config
 
     def value(self, result: EvalResult) -> float:
         """The score that the model has."""
         import evaluate
 
-        glue = result.dataset_type == "nyu-mll/glue"
-        module = self.metric or ("glue" if glue else result.metric_type)
-        config = result.metric_config or result.dataset_config
+        module, config = self._module(result), self._config(result)
         predictions, references = self._predictions(result)
         values = evaluate.load(module, config, keep_in_memory=True).compute(
             predictions=predictions, references=references
@@ -167,7 +191,7 @@ class Scorer:
             split = result.dataset_split or "validation"
             rows = read_split(result.dataset_type, result.dataset_config, split, self.dataset_dir)
             rows = rows.select(range(min(arguments.get("first_rows", len(rows)), len(rows))))
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
             columns, max_length = arguments["columns"], arguments.get("max_length")
             predictions = predict(self.model, tokenizer, rows, columns, max_length)
             self.predicted[key] = predictions, list(rows["label"])

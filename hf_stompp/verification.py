@@ -87,8 +87,8 @@ def verify(
         token (`str` or `bool`, *optional*): Without it the one of the environment or of `hf auth login`.
         dataset_dir (`str` or `Path`, *optional*): Folder with the parquet files of the data that the card names, as
             the recipes take it; by default the data is the Hub's.
-        metric (`str`, *optional*): An `evaluate` module, its path or Hub id. By default the Hub's `glue` for GLUE and
-            the metric of the card's result for other data.
+        metric (`str`, *optional*): An `evaluate` module, its path or Hub id, which is run. By default the Hub's `glue`
+            for GLUE, and for other data the metric of the card's result, if it is one that the recipes report.
         tolerance (`float`, *optional*, defaults to 0.005): How far a score may be from the one on the card.
         scores (`bool`, *optional*, defaults to `True`): Score the model again as the card says.
 
@@ -220,7 +220,7 @@ class _Subject:
     def check_config(self) -> str:
         """What can be told without a model, which might be of any size."""
         _check_numbers(self.config, max(max(tensor.shape, default=1) for tensor in self.tensors.values()))
-        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         config.quantization_config = BinarizationConfig.from_dict(self.config[_QUANTIZATION])
         _check_same_config(self.config, json.loads(config.to_json_string()))
         _check_modules(config.quantization_config, self.tensors)

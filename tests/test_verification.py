@@ -148,6 +148,59 @@ def test_a_card_of_something_else(pattern: str, replacement: str, message: str, 
     assert re.match(message, failure(verify(packed_folder)))
 
 
+@pytest.mark.parametrize(
+    ("metric", "reason"),
+    [
+        ("evil/m.py", "its metric 'evil/m.py' is not one of accuracy, f1, glue,"),
+        ("evil/m", "its metric 'evil/m' is not one of"),
+        ("loss", "its metric 'loss' is not one of"),
+        ("accuracy", "'accuracy' is a file or folder here, which would be taken for its metric; pass metric"),
+    ],
+)
+def test_no_code_that_a_card_names_is_run(
+    metric: str, reason: str, packed_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for script in ("evil/m.py", "m.py", "accuracy/accuracy.py", "loss/loss.py"):
+        Path(script).parent.mkdir(exist_ok=True)
+        Path(script).write_text("open('ran', 'w').close()\n")
+    (tmp_path / "data").mkdir()
+    write_results(packed_folder, "{columns: [sentence]}", metric)
+    check = verify(packed_folder, dataset_dir=tmp_path / "data").checks[-1]
+    assert check.status == "skipped" and reason in check.message
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "config", "problem", "reason"),
+    [
+        ("sst2", "sst2", None, "the card does not say which columns the model reads"),
+        ("{columns: [sentence]}", "../outside", None, "its metric's config '../outside' is not a name; pass metric"),
+        ("{columns: [sentence]}", "sst2", "multi_label_classification", "the model gives several labels to a text"),
+    ],
+    ids=["a Trainer's card", "config", "multi-label"],
+)
+def test_scores_that_cannot_be_checked(
+    arguments: str, config: str, problem: str | None, reason: str, packed_folder: Path
+) -> None:
+    write_results(packed_folder, arguments, "accuracy", config)
+    content = json.loads((packed_folder / "config.json").read_text())
+    if problem is not None:
+        (packed_folder / "config.json").write_text(json.dumps(content | {"problem_type": problem}))
+    done = verify(packed_folder)
+    assert done.ok, done
+    assert done.checks[-1].status == "skipped" and reason in done.checks[-1].message
+
+
+def write_results(folder: Path, arguments: str, metric: str, config: str = "sst2") -> None:
+    """A card of one structured result."""
+    (folder / "README.md").write_text(
+        "---\nmodel-index:\n- name: m\n  results:\n  - task: {type: text-classification}\n"
+        f"    dataset: {{name: d, type: user/data, config: {config}, split: validation, args: {arguments}}}\n"
+        f"    metrics:\n    - {{type: {metric}, value: 0.5}}\n---\n# m\n"
+    )
+
+
 def test_a_card_by_hand(packed_folder: Path) -> None:
     (packed_folder / "README.md").write_text("# My model\n")
     done = verify(packed_folder)
