@@ -39,8 +39,20 @@ METRICS = {
     "spearmanr": "spearmanr",
     "loss": "loss",
 }
-# Weights, configs, tokenizers.
-_DECIDING = ("*.json", "*.safetensors", "*.txt", "*.model")
+# Weights, configs, tokenizers: what decides on what the model predicts.
+_DECIDING = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer*.json",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+)
 _METHODS = {
     "layerwise": "layer by layer under stochastic masks (StoMPP)",
     "global": "in all layers together under stochastic masks (global progressive freezing)",
@@ -159,7 +171,7 @@ def render(
         method=_METHODS[config.progression],
         file_bytes=_file_bytes(folder, table, config.mode),
         float_bytes=table.float_bytes,
-        checksums=_checksums(folder) if config.mode == "packed" else "",
+        checksums=checksums(folder) if config.mode == "packed" else "",
         example=_example(repo_id, type(model).__name__, task, folder, config.mode),
         parts=_parts(table),
         split=data.split,
@@ -320,9 +332,10 @@ def _file_bytes(folder: Path | None, table: Summary, mode: str) -> int:
     return table.packed_bytes if mode == "packed" else table.float_bytes
 
 
-def _checksums(folder: Path | None) -> str:
+def checksums(folder: Path | None) -> str:
     """A line, as `sha256sum` prints it, for each file that decides on what the model predicts."""
-    files = sorted(file for pattern in _DECIDING for file in (folder.glob(pattern) if folder else ()))
+    found = {file for pattern in _DECIDING for file in (folder.glob(pattern) if folder else ())}
+    files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))  # hidden: not pushed
     return "\n".join(f"{sha256(file)}  {file.name}" for file in files)
 
 

@@ -48,5 +48,5 @@ class Figures:
             bits=find(r"^(?:A \*\*1-bit\*\*|The \*\*latent\*\* checkpoint of) .*\((W\d+A\d+)\)"),
             parts=find(r"^## Bits per part\n\n((?:\|.*\n)*)"),
             config=None if config is None else json.loads(config),
-            checksums={name: sha for sha, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.MULTILINE)},
+            checksums={name: sha for sha, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)},
         )

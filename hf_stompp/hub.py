@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import HTTPError  # of the HTTP library that this huggingface_hub uses
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: of the HTTP library it uses
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_stompp.card import UNNAMED, Scored, model_card, render
+from hf_stompp.card import UNNAMED, Scored, checksums, model_card, render, sha256
 from hf_stompp.checkpoint import check_kind, load_complete
+from hf_stompp.figures import Figures
 
 logger = logging.get_logger(__name__)
 
@@ -69,8 +70,9 @@ def push(
         commit_message (`str`, *optional*): The title of the commit.
         create_pr (`bool`, *optional*, defaults to `False`): Open a pull request instead of committing to the branch.
         token (`str` or `bool`, *optional*): Without it the one of the environment or of `hf auth login`.
-        card (`ModelCard` or `str`, *optional*): The text of `README.md`, instead of the one there. Without it the
-            repository's own stays; if it has none, the folder's is taken; if that has none, [`model_card`] writes one.
+        card (`ModelCard` or `str`, *optional*): The text of `README.md`, instead of the one there. Without it, one in
+            the repository that a person wrote stays, and so does one of hf_stompp that is right for these files; else
+            the folder's is taken; if that has none, [`model_card`] writes one.
         latent (`bool`, *optional*, defaults to `False`): Also push a latent checkpoint, which is full-precision.
 
     Returns:
@@ -79,7 +81,8 @@ def push(
     Raises:
         TypeError: A tokenizer beside a folder.
         FileNotFoundError: The folder is incomplete; or the Hub knows no such user or branch (404).
-        ValueError: A full-precision or latent model, a corrupted file; a repository of another visibility.
+        ValueError: A full-precision or latent model, a corrupted file; a card in the folder that is of other files; a
+            repository of another visibility.
         PermissionError: No token, a wrong one, or one that may not write there (401, 403).
         OSError: The repository changed meanwhile (409, 412), or a file is too large (413).
         ConnectionError: The Hub could not be reached, or failed several times.
@@ -91,10 +94,13 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = _saved(model_or_folder, tokenizer, Path(temporary), latent)
         text = _card_text(card, load_complete(folder, latent=latent), folder)
+        given = card is not None
+        # Without a new one, a card that is right for the files says more than one that knows no scores.
+        right = None if given or (folder / _CARD).is_file() else folder
         message = commit_message or "Upload a 1-bit model with hf_stompp"
         publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
         try:
-            return publication.commit(_files(folder), text, message, overwrite_card=card is not None)
+            return publication.commit(_files(folder), text, message, lambda there: not given and _stays(there, right))
         except (HTTPError, json.JSONDecodeError) as error:
             raise _explained(error, publication) from error
 
@@ -116,8 +122,46 @@ def _saved(model_or_folder: Any, tokenizer: Any, temporary: Path, latent: bool) 
 def _card_text(card: ModelCard | str | None, model: PreTrainedModel, folder: Path) -> str:
     """The card that is given, else the folder's own, else one that is written now."""
     if card is None and (folder / _CARD).is_file():
-        return (folder / _CARD).read_text(encoding="utf-8")
+        text = (folder / _CARD).read_text(encoding="utf-8")
+        wrong = _contradiction(text, folder, model.config.quantization_config.mode)
+        if wrong:
+            raise ValueError(
+                f"{folder / _CARD} {wrong}: it is the card of another model; nothing was uploaded. Write it again: "
+                f"`hf-stompp card {folder} --force`, or model_card(...).save(...); or pass card=."
+            )
+        return text
     return str(render(model, folder, {}, Scored()) if card is None else card)
+
+
+def _figures(text: str) -> Figures | None:
+    """What a card states that hf_stompp wrote; None of one that a person wrote."""
+    try:
+        figures = Figures.read(text)
+    except ValueError:  # edited until it was no JSON any more
+        return None
+    return figures if figures.checksums or isinstance(figures.config, dict) else None
+
+
+def _contradiction(text: str, folder: Path, mode: str) -> str:
+    """What a card states that is not so of the folder's files; empty if there is nothing."""
+    figures = _figures(text)
+    if figures is None:
+        return ""
+    for name, stated in figures.checksums.items():
+        if not (folder / name).is_file():
+            return f"states a checksum of {name}, which is not there"
+        if sha256(folder / name) != stated:
+            return f"states another SHA-256 of {name} than the file has"
+    other = (figures.config or {}).get("mode", mode)
+    return f"is of a model in mode {other!r}, not {mode!r}" if other != mode else ""
+
+
+def _stays(text: str, folder: Path | None) -> bool:
+    """Whether the repository's card stays: a person's always, one of hf_stompp if it states the files of `folder`."""
+    figures = _figures(text)
+    if figures is None:
+        return True
+    return folder is not None and figures.checksums == Figures.read(checksums(folder)).checksums != {}
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -137,8 +181,8 @@ class _Publication:
         self.api, self.repo_id, self.revision = api, repo_id, revision
         self.create_pr, self.private = create_pr, private
 
-    def commit(self, folder: Mapping[str, Path], card: str, message: str, *, overwrite_card: bool) -> CommitInfo:
-        """Commits what differs from the repository. Each attempt looks anew at what is there.
+    def commit(self, folder: Mapping[str, Path], card: str, message: str, stays: Callable[[str], bool]) -> CommitInfo:
+        """Commits what differs from the repository, but for a card there that `stays`. Each attempt looks anew.
 
         All attempts name the same parent, so that the Hub refuses a second commit where the first went through; and
         where it did, the next attempt finds nothing to change and returns it.
@@ -150,12 +194,9 @@ class _Publication:
             info = _again(lambda: self.api.model_info(self.repo_id, revision=self.revision))
             parent = parent or info.sha
             there = {file.rfilename for file in info.siblings or ()}
-            added = [
-                CommitOperationAdd(name, source)
-                for name, source in files.items()
-                if name != _CARD or overwrite_card or name not in there
-            ]
-            if _CARD in there and not overwrite_card:
+            kept = _CARD in there and stays(self._card(info.sha))
+            added = [CommitOperationAdd(name, source) for name, source in files.items() if name != _CARD or not kept]
+            if kept:
                 logger.warning_once(f"{self.repo_id} keeps its {_CARD}; to replace it, pass card=.")
             stale = sorted(name for name in there - set(files) if any(fnmatch(name, weights) for weights in _WEIGHTS))
             where: dict[str, Any] = {"revision": self.revision, "create_pr": self.create_pr}
@@ -171,6 +212,19 @@ class _Publication:
                 if wait is None or self.create_pr or _status(error) not in _MAY_PASS:
                     raise
                 time.sleep(wait)
+
+    def _card(self, commit: str | None) -> str:
+        """The repository's card."""
+
+        def download() -> str:
+            try:
+                return self.api.hf_hub_download(self.repo_id, _CARD, revision=commit)
+            except LocalEntryNotFoundError as error:  # the client wraps in it what happened on the way
+                if isinstance(error.__cause__, HTTPError):
+                    raise error.__cause__ from None
+                raise
+
+        return Path(_again(download)).read_text(encoding="utf-8", errors="replace")
 
     def _prepare(self) -> None:
         """Makes sure of the repository and its branch; both are left as they are if they exist."""

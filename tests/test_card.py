@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from hf_stompp import BinarizationConfig, binarize, model_card, pack
+from hf_stompp.figures import Figures
 from hf_stompp.patching import binary_layers
 
 GOLDEN = Path(__file__).with_name("golden_card.md")
@@ -69,6 +70,16 @@ def test_its_numbers(packed_folder: Path) -> None:
     packed = sum(n * -(-k // 8) + 4 * (n + n + k + 2) for n, k in layers)
     assert f"| 6 | 1 | 1 | `{{0,+s}} or {{-s,+s}}` | {binary:,} | {4 * binary:,} | {packed:,} |" in card
     assert f"| embedding tables | 3 | 32 | 32 |  | {embeddings:,} | {4 * embeddings:,} | {4 * embeddings:,} |" in card
+
+
+def test_which_files_have_a_checksum(packed_folder: Path) -> None:
+    deciding = ["vocab words.txt", "spiece.model", "generation_config.json"]
+    others = [".tokenizer_config.json", "results.json", "requirements.txt", "trainer_state.json"]
+    for name in deciding + others:
+        (packed_folder / name).write_text("{}")
+    stated = Figures.read(model_card(packed_folder).content).checksums
+    own = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert list(stated) == sorted(own + deciding)
 
 
 def test_structured_results(packed_folder: Path) -> None:

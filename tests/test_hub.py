@@ -11,6 +11,7 @@ from loopback_hub import LoopbackHub
 from safetensors.torch import load, load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
+from hf_stompp import model_card
 from hf_stompp.card import UNNAMED
 
 REPO = "user/tiny-1bit"
@@ -153,6 +154,55 @@ def test_which_card(hub: LoopbackHub, pushed: Callable[..., dict[str, Any]], pac
     # … unless another is given.
     assert pushed(packed_folder, "user/edited", card="---\nlicense: mit\n---\nnew")["error"] is None
     assert hub.head("user/edited").files["README.md"] == b"---\nlicense: mit\n---\nnew"
+
+
+def test_a_card_of_hf_stompps_is_replaced(
+    hub: LoopbackHub,
+    run: Callable[[str], dict[str, Any]],
+    pushed: Callable[..., dict[str, Any]],
+    frozen_bert: PreTrainedModel,
+    packed_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """It states what the files are; another model's would be wrong, and `verify` would say so."""
+    frozen_bert.save_pretrained(tmp_path / "latent")
+    assert pushed(tmp_path / "latent", latent=True)["error"] is None
+    assert pushed(packed_folder)["error"] is None
+    other = AutoModelForSequenceClassification.from_pretrained(packed_folder)
+    other.classifier.bias.data += 1
+    card = model_card(packed_folder, license="mit")
+    other.save_pretrained(packed_folder)
+    assert pushed(packed_folder)["error"] is None
+    checks = "[check.status for check in hf_stompp.verify({!r}).checks]"
+    done = run(f"import hf_stompp\nresult = {checks.format(REPO)}\n")
+    assert done["error"] is None and done["result"] == [*6 * ["passed"], "skipped"]
+
+    # The folder's own card of other files is not published …
+    card.save(packed_folder / "README.md")
+    done = pushed(packed_folder)
+    assert done["error"][0] == "ValueError" and "README.md states another SHA-256 of model.saf" in done["message"]
+    assert f"`hf-stompp card {packed_folder} --force`" in done["message"]
+    (packed_folder / "README.md").write_text(str(card).replace("  model.safetensors", "  model-1.safetensors"))
+    assert "states a checksum of model-1.safetensors, which is not there" in pushed(packed_folder)["message"]
+    (packed_folder / "README.md").write_text(str(model_card(tmp_path / "latent")))
+    assert "is of a model in mode 'train', not 'packed'" in pushed(packed_folder)["message"]
+    # … but a new one is, and what it says more stays as long as it is right.
+    model_card(packed_folder, license="mit").save(packed_folder / "README.md")
+    assert pushed(packed_folder)["error"] is None
+    published = hub.head(REPO).files["README.md"]
+    assert b"license: mit" in published
+    (packed_folder / "README.md").unlink()
+    assert pushed(packed_folder)["error"] is None and hub.head(REPO).files["README.md"] == published
+
+
+def test_a_card_that_cannot_be_read(
+    hub: LoopbackHub, pushed: Callable[..., dict[str, Any]], packed_folder: Path
+) -> None:
+    hub.create(REPO, {"README.md": b"by hand"})
+    hub.fault("HEAD", "/resolve/", 503)
+    done = pushed(packed_folder)
+    assert "ConnectionError" in done["error"] and "Push again" in done["message"]
+    assert len(hub.repos[REPO].commits) == 1
 
 
 def test_branch_and_pull_request(hub: LoopbackHub, pushed: Callable[..., dict[str, Any]], packed_folder: Path) -> None:
