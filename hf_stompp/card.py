@@ -39,6 +39,22 @@ METRICS = {
     "spearmanr": "spearmanr",
     "loss": "loss",
 }
+# What the recipes put before the metrics of several splits: MNLI's.
+_PARTS = ("matched", "mismatched")
+# What is read of a run in `results.json`.
+_RUN_KEYS = (
+    "recipe",
+    "rows",
+    "binarization",
+    "seed",
+    "mask_seed",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "lr_scheduler",
+    "warmup_steps",
+    "weight_decay",
+)
 # Weights, configs, tokenizers: what decides on what the model predicts.
 _DECIDING = (
     "*.safetensors",
@@ -56,7 +72,6 @@ _DECIDING = (
 _METHODS = {
     "layerwise": "layer by layer under stochastic masks (StoMPP)",
     "global": "in all layers together under stochastic masks (global progressive freezing)",
-    "none": "in all layers at once (the straight-through baseline, not StoMPP)",
 }
 
 
@@ -168,11 +183,13 @@ def render(
         bits=f"W{1 if config.weights else 32}A{1 if config.activations else 32}",
         binary_inputs=config.activations,
         frozen=f"{math.floor(100 * table.frozen_fraction)}%",  # 100% is all
-        method=_METHODS[config.progression],
+        clipped=config.never_freezes,
+        embeddings=config.embeddings,
+        method=_method(config),
         file_bytes=_file_bytes(folder, table, config.mode),
         float_bytes=table.float_bytes,
         checksums=checksums(folder) if config.mode == "packed" else "",
-        example=_example(repo_id, type(model).__name__, task, folder, config.mode),
+        example=_example(repo_id, type(model).__name__, task, folder, config),
         parts=_parts(table),
         split=data.split,
         data=str(data),
@@ -202,6 +219,7 @@ def hub_id(name: str | None) -> str | None:
 
 def _check_run(name: str, run: Mapping[str, Any], own: Mapping[str, Any], config: BinarizationConfig) -> None:
     """Refuses scores that are not this checkpoint's, or that cannot stand beside them."""
+    _check_keys("results" if name == _OWN else f"compared[{name!r}]", run)
     if name == _OWN:
         made = {key: value for key, value in (run["binarization"] or {}).items() if key not in ("mode", "modules")}
         other = sorted(key for key, value in config.to_dict().items() if key in made and made[key] != value)
@@ -220,6 +238,22 @@ def _check_run(name: str, run: Mapping[str, Any], own: Mapping[str, Any], config
             )
 
 
+def _check_keys(what: str, run: Mapping[str, Any]) -> None:
+    """Refuses what is not as a recipe writes it, and names what is missing."""
+    wrong = ""
+    missing = [key for key in _RUN_KEYS if key not in run]
+    if not missing and not isinstance(run["recipe"], Mapping):
+        wrong = "recipe is no mapping"
+    elif not missing and not (isinstance(run["rows"], list) and all(isinstance(row, Mapping) for row in run["rows"])):
+        wrong = "rows is no list of mappings"
+    elif not missing:
+        rows = enumerate(run["rows"])
+        missing = [f"rows[{i}].{key}" for i, row in rows for key in ("model", "bytes") if key not in row]
+    if missing or wrong:
+        wrong = wrong or f"no {', '.join(missing)}"
+        raise ValueError(f"{what}: {wrong}; allowed: what a recipe writes to results.json.")
+
+
 def _row(run: Mapping[str, Any], mode: str) -> Mapping[str, Any]:
     """The row of a run's table that a model in `mode` was scored in."""
     start = {"packed": "packed", "train": "latent"}[mode]
@@ -231,6 +265,23 @@ def _row(run: Mapping[str, Any], mode: str) -> Mapping[str, Any]:
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in row.items() if key not in ("model", "step", "bytes", "eval_seconds")}
+
+
+def split_key(key: str, parts: Iterable[str] = ()) -> tuple[str, str]:
+    """The split and the metric of what an evaluation reports; of any other metric the underscores are its own.
+
+    Args:
+        key (`str`): What is reported.
+        parts (`Iterable[str]`, *optional*): Names of the run's evaluation sets, besides those of the recipes.
+
+    Example:
+
+        >>> split_key("mismatched_accuracy"), split_key("balanced_accuracy")
+        (('mismatched', 'accuracy'), ('', 'balanced_accuracy'))
+    """
+    known = sorted({*_PARTS, *parts}, key=len, reverse=True)
+    part = next((part for part in known if key.startswith(f"{part}_")), "")
+    return part, key.removeprefix(f"{part}_") if part else key
 
 
 def _is_final(run: Mapping[str, Any], row: Mapping[str, Any]) -> bool:
@@ -245,8 +296,7 @@ def _eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) ->
     read = {"columns": run.get("columns"), "max_length": run.get("max_length")}
     read["first_rows"] = run["recipe"].get("max_eval_samples")
     for key, value in _metrics(_row(run, mode)).items():
-        metric = next((name for name in METRICS if key == name or key.endswith(f"_{name}")), key)
-        part = key.removesuffix(metric).rstrip("_")
+        part, metric = split_key(key, run.get("parts", ()))
         results.append(
             EvalResult(
                 task_type=task,
@@ -273,6 +323,9 @@ def _scores(runs: Mapping[str, Mapping[str, Any]], mode: str) -> str:
     for name, run in runs.items():
         own = _row(run, mode) if name == _OWN else None
         for row in run["rows"] if own else run["rows"][-1:]:
+            absent = [metric for metric in metrics if metric not in row]
+            if absent:
+                raise ValueError(f"{name or 'results'}: the row {row['model']!r} has no {', '.join(absent)}.")
             title = f"this run, {row['model']}" if own else f"{name} ({row['model']})"
             values = [f"{row[metric]:.4f}" for metric in metrics]
             seeds = [str(run["seed"]), "" if run["mask_seed"] is None else str(run["mask_seed"])]
@@ -348,9 +401,28 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _example(repo_id: str, model_class: str, task: str, folder: Path | None, mode: str) -> str:
+def _method(config: BinarizationConfig) -> str:
+    """How the model is trained, in a sentence."""
+    what = " and ".join(
+        name for name, given in (("weights", config.weights), ("activations", config.activations)) if given
+    )
+    if config.never_freezes:
+        return f"In training, {what} are clipped and never become binary (the clipped network, not StoMPP)."
+    how = _METHODS.get(config.progression)
+    if how is None:
+        start = f", after {config.progression_start:.0%} of the steps" if config.progression_start else ""
+        without = "without a gradient from then on, neither StoMPP nor the straight-through baseline"
+        kind = "the straight-through baseline, not StoMPP" if config.surrogate == "ste" else without
+        how = f"in all layers at once{start} ({kind})"
+    return f"In training, clipped {what} are replaced by hard binary ones {how}."
+
+
+def _example(repo_id: str, model_class: str, task: str, folder: Path | None, config: BinarizationConfig) -> str:
     """Loads and predicts, or packs a latent model, as it stands, from the Hub or a folder."""
-    if mode == "train":
+    if config.never_freezes:  # which cannot be packed
+        lines = ["import hf_stompp  # makes transformers clip", f"from transformers import {model_class}", ""]
+        return "\n".join([*lines, f'model = {model_class}.from_pretrained("{repo_id}")'])
+    if config.mode == "train":
         lines = ["import hf_stompp", f"from transformers import {model_class}", ""]
         lines += [f'model = {model_class}.from_pretrained("{repo_id}")', "packed = hf_stompp.pack(model)"]
         return "\n".join([*lines, 'packed.save_pretrained("packed")'])

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_stompp.card import UNNAMED, model_card
 from hf_stompp.checkpoint import load_complete, model_class, whole_folder
-from hf_stompp.config import BinarizationConfig
+from hf_stompp.config import QUANT_METHOD, BinarizationConfig
 from hf_stompp.hub import push
 from hf_stompp.patching import pack
 from hf_stompp.report import summary
@@ -25,7 +26,7 @@ from hf_stompp.verification import verify
 _PROGRAM = "hf-stompp"
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 # What a wrong argument, folder, network or installation raises; anything else is a bug, and shows where it is.
-_EXPECTED = (OSError, ValueError, TypeError, ImportError, RuntimeError)
+_EXPECTED = (OSError, ValueError, ImportError, SafetensorError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +90,14 @@ def _summary(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(BinarizationConfig) if field.init]
     config = BinarizationConfig(**{name: getattr(arguments, name) for name in names})
     saved = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
+    if (getattr(saved, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
+        plain = BinarizationConfig()
+        given = [name for name in names if getattr(config, name) != getattr(plain, name)]
+        if given:
+            raise ValueError(
+                f"--{given[0]}: received {getattr(config, given[0])!r}, but {arguments.model} is binarized "
+                "already, as its own config says. Drop the flag, or give the full-precision model."
+            )
     found = model_class(saved.architectures, arguments.model)
     print(summary(found.from_pretrained(arguments.model, trust_remote_code=False), config))
     return 0
@@ -222,7 +231,7 @@ def _read_json(flag: str, path: str) -> dict[str, Any]:
         content = json.loads(_read(flag, path))
     except ValueError as error:
         raise ValueError(f"{flag}: {path} is no JSON ({error}); allowed: the results.json of a recipe.") from error
-    if not isinstance(content, dict) or "rows" not in content:
+    if not isinstance(content, dict):
         raise ValueError(f"{flag}: {path} is not what a recipe writes to results.json; allowed: that file.")
     return content
 

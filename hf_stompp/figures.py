@@ -45,7 +45,7 @@ class Figures:
         return cls(
             weights=None if weights is None else int(weights.replace(",", "")),
             float_weights=None if floats is None else int(floats.replace(",", "")),
-            bits=find(r"^(?:A \*\*1-bit\*\*|The \*\*latent\*\* checkpoint of) .*\((W\d+A\d+)\)"),
+            bits=find(r"^(?:A \*\*1-bit\*\*|The \*\*latent\*\* checkpoint of) .*?\((W\d+A\d+)[,)]"),
             parts=find(r"^## Bits per part\n\n((?:\|.*\n)*)"),
             config=None if config is None else json.loads(config),
             checksums={name: sha for sha, name in re.findall(r"^([0-9a-f]{64})  (.+)$", text, re.MULTILINE)},

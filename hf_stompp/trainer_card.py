@@ -10,7 +10,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_stompp.card import UNNAMED, Scored, render
+from hf_stompp.card import UNNAMED, Scored, render, split_key
 from hf_stompp.checkpoint import check_kind
 from hf_stompp.config import BinarizationConfig
 
@@ -95,14 +95,17 @@ def training_facts(args: TrainingArguments, config: BinarizationConfig | None) -
     }
 
 
-def result_row(model: str, metrics: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
+def result_row(
+    model: str, metrics: Mapping[str, Any], folder: str | Path, parts: Iterable[str] = ()
+) -> dict[str, Any]:
     """A row of the result table out of what `Trainer.evaluate` returned for `model`, saved in `folder`.
 
-    Losses are left out, unless there is nothing else.
+    The loss, of each evaluation set in `parts`, is left out, unless there is nothing else.
     """
+    parts = tuple(parts)
     other = ("_runtime", "_per_second", "_preparation_time", "epoch")
     values = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(other)}
-    scores = {key: value for key, value in values.items() if not key.endswith("loss")} or values
+    scores = {key: value for key, value in values.items() if split_key(key, parts)[1] != "loss"} or values
     seconds = sum(value for key, value in metrics.items() if key.endswith("_runtime"))
     size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     return {"model": model, **scores, "bytes": size, "eval_seconds": seconds}
@@ -115,8 +118,10 @@ def _run(trainer: Any, config: BinarizationConfig, folder: Path) -> dict[str, An
     steps = state.best_global_step if best else state.global_step
     scores = _evaluations(state.log_history)
     step = steps if steps in scores else max(scores, default=steps)
-    row = {**result_row("latent", scores.get(step, {}), folder), "step": step}
-    return {"recipe": {}, **training_facts(trainer.args, config), "steps": steps, "rows": [row]}
+    # The Trainer puts their names before the metrics.
+    parts = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else []
+    row = {**result_row("latent", scores.get(step, {}), folder, parts), "step": step}
+    return {"recipe": {}, **training_facts(trainer.args, config), "steps": steps, "rows": [row], "parts": parts}
 
 
 def _evaluations(log_history: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
+from verified import freeze
 
 from hf_stompp import BinarizationConfig, binarize, model_card, pack
 from hf_stompp.figures import Figures
@@ -106,6 +107,59 @@ def test_structured_results(packed_folder: Path) -> None:
         assert score.dataset_args == read and score.metric_config == "mnli"
         assert score.metric_args == {"seed": 3, "mask_seed": 0}
     assert "its first 100 rows only" in card.content
+
+
+def test_metrics_of_a_users_own(packed_folder: Path) -> None:
+    results = run_of(0.5, BinarizationConfig())
+    for row in results["rows"]:
+        row |= {"macro_f1": 0.4, "balanced_accuracy": 0.3, "matched_pearson": 0.2, "dev_f1": 0.1}
+    card = ModelCard(model_card(packed_folder, results=results | {"parts": ["dev"]}).content)
+    found = {score.metric_type: (score.dataset_split, score.metric_value) for score in card.data.eval_results}
+    assert found == {
+        "accuracy": ("validation", 0.5),
+        "macro_f1": ("validation", 0.4),
+        "balanced_accuracy": ("validation", 0.3),
+        "pearsonr": ("validation_matched", 0.2),
+        "f1": ("validation_dev", 0.1),
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({}, "clipped weights and activations are replaced by hard binary ones layer by layer"),
+        ({"activations": False}, "clipped weights are replaced by hard binary ones layer by layer"),
+        ({"progression": "none"}, "in all layers at once (the straight-through baseline, not StoMPP)."),
+        (
+            {"progression": "none", "surrogate": "none", "progression_start": 0.5},
+            "at once, after 50% of the steps (without a gradient from then on, neither StoMPP nor the",
+        ),
+        (
+            {"progression": "none", "progression_start": 1.0},
+            "weights and activations are clipped and never become binary (the clipped network, not StoMPP).",
+        ),
+        ({"embeddings": True}, "1-bit entries of its embedding tables), 0% frozen"),
+    ],
+)
+def test_how_it_was_made(
+    config: dict[str, Any], sentence: str, tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    model = binarize(tiny_model("bert", num_hidden_layers=1), BinarizationConfig(**config))
+    text = model_card(model, repo_id=str(tmp_path)).content
+    assert sentence in text
+    clipped = config.get("progression_start") == 1.0
+    assert clipped == ("How to get the 1-bit model" not in text) == ("pack(" not in text)
+    assert Figures.read(text).bits == ("W1A32" if "activations" in config else "W1A1")
+    model.save_pretrained(tmp_path)
+    if clipped:
+        (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        exec(example, {})
+
+
+def test_packed_embeddings(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    pack(freeze(tiny_model("bert", num_hidden_layers=1), embeddings=True)).save_pretrained(tmp_path)
+    text = model_card(tmp_path).content
+    assert "are stored as bits; the entries of its embedding tables have 1 bit too. In training" in text
 
 
 def test_nothing_is_stated_that_is_not_known(frozen_bert: PreTrainedModel, packed_folder: Path) -> None:

@@ -84,6 +84,10 @@ def test_summary(
     assert (code, printed) == (0, f"{summary(model, BinarizationConfig(pooler=True, activations=False))}\n")
     assert run("summary", packed_folder)[1] == f"{summary(pack(frozen_bert))}\n"
     assert "overlap is 0.5" in refused("summary", packed_folder, "--overlap", "0.5")
+    for folder in (packed_folder, tmp_path / "latent"):
+        frozen_bert.save_pretrained(tmp_path / "latent")
+        message = refused("summary", folder, "--pooler")
+        assert f"--pooler: received True, but {folder} is binarized already, as its own config" in message
     assert str(tmp_path / "absent") in refused("summary", tmp_path / "absent")
 
 
@@ -166,7 +170,27 @@ def test_card(
     there = [packed_folder, "--force"]
     assert "--compared: received 'full'; allowed: NAME=FILE" in refused("card", *there, *own, "--compared", "full")
     assert "--results: received 'absent'; allowed: a file" in refused("card", *there, "--results", "absent")
-    assert "--results: " in refused("card", *there, "--results", packed_folder / "config.json")
+    assert "results: no recipe, rows, " in refused("card", *there, "--results", packed_folder / "config.json")
+    for content, message in {
+        '{"rows": []}': "results: no recipe, binarization, seed, mask_seed, steps, batch_size, ",
+        json.dumps(run_of(0.9, BinarizationConfig()) | {"rows": [{"accuracy": 1}]}): "no rows[0].model, rows[0].bytes",
+        json.dumps(run_of(0.9, BinarizationConfig()) | {"rows": 3}): "results: rows is no list",
+        json.dumps(run_of(0.9, BinarizationConfig()) | {"recipe": None}): "results: recipe is no mapping",
+        "[]": "is not what a recipe writes to results.json",
+    }.items():
+        (tmp_path / "other.json").write_text(content)
+        assert message in refused("card", *there, "--results", tmp_path / "other.json")
+    (tmp_path / "other.json").write_text(json.dumps({"rows": []}))
+    assert "compared['fp']: no recipe" in refused("card", *there, *own, "--compared", f"fp={tmp_path / 'other.json'}")
+
+
+def test_a_bug_shows_where_it_is(packed_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(cli, "verify", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        cli.main(["verify", str(packed_folder)])
 
 
 def test_verify(

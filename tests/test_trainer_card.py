@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_stompp import BinarizationConfig, trainer_card
 from hf_stompp.checkpoint import load_complete
-from hf_stompp.trainer_card import TrainerCard
+from hf_stompp.trainer_card import TrainerCard, result_row
 
 REPO = "user/tiny-latent"
 SCRIPT = """
@@ -165,3 +165,9 @@ def test_a_card_of_the_users_stays_during_training(
     path.write_text(path.read_text() + "mine")
     card.write_early()
     assert path.read_text().endswith("mine")
+
+
+def test_only_the_loss_itself_is_left_out(tmp_path: Path) -> None:
+    metrics = {"eval_loss": 1, "eval_matched_loss": 2, "eval_dev_loss": 3, "eval_hamming_loss": 4, "eval_f1": 5}
+    row = result_row("latent", metrics, tmp_path, ["dev"])
+    assert {key for key in row if key not in ("model", "bytes", "eval_seconds")} == {"hamming_loss", "f1"}
