@@ -57,8 +57,9 @@ def model_class(architectures: list[str] | None, what: str) -> Any:
     """The class of transformers that the config `what` names, head and all."""
     name = (architectures or ["no class"])[0]
     found = getattr(transformers, name, None)
-    if found is None:
-        raise ValueError(f"{what} names {name} in `architectures`; allowed: one of transformers'.")
+    # Not an Auto class either, which might ask for code of the checkpoint's own.
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"{what} names {name} in `architectures`; allowed: a model class of transformers.")
     return found
 
 
