@@ -2,8 +2,8 @@
 
 Each round runs one whole optimizer step (masks, forward, backward, AdamW) of every variant in turn, so that a machine
 whose speed drifts slows all of them alike; the table gives medians, and medians of the ratios round by round. The
-rounds are spread over a run of 600 steps, so that all states of the front are in them. What comes only once for each
-unit, its calibration (a forward pass), is in few of them.
+rounds are spread over a run of 600 steps, so that all states of the front are in them. What comes once for each unit,
+its calibration when its window begins (a forward pass), is in none of them: 24 in the whole run.
 
     python benchmarks/training.py                                # MiniLM-L6 shapes, 32 x 16 and 8 x 128 tokens
     HF_STOMPP_KERNELS=reference python benchmarks/training.py    # without the extra `fast`
@@ -146,7 +146,7 @@ def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: 
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for round_ in range(-warmup, rounds):
         for name, variant in variants.items():
-            variant.seek(2 + max(0, round_) * (RUN - 2) // rounds)
+            variant.seek(RUN * (2 * max(0, round_) + 1) // (2 * rounds))
             elapsed = timed(variant.step, device)
             if round_ >= 0:
                 times[name].append(elapsed)

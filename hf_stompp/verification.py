@@ -370,7 +370,8 @@ def _check_scores(
 ) -> Iterator[Check]:
     """One check for each structured result on the card."""
     if not subject.results:
-        yield Check("scores", "skipped", "there is no card that states any")
+        asked = dataset_dir is not None or metric is not None
+        yield Check("scores", "failed" if asked else "skipped", "there is no card that states any")
     scorer = Scorer(subject.model, subject.folder, dataset_dir, metric)
     for result in subject.results:
         name = f"{result.metric_type}, {result.dataset_split}"
