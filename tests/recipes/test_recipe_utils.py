@@ -107,7 +107,7 @@ def test_result_row_and_table(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 1234)
     metrics = {"eval_m_accuracy": 0.5, "eval_m_loss": 1.0, "eval_m_runtime": 1.0, "eval_n_accuracy": 0.25}
     more = {"eval_n_runtime": 2.0, "eval_n_samples_per_second": 9.0, "eval_model_preparation_time": 1.0, "epoch": 1.0}
-    row = result_row("tiny", metrics | more, tmp_path)
+    row = result_row("tiny", metrics | more, tmp_path, parts=("m", "n"))
     assert row == {"model": "tiny", "m_accuracy": 0.5, "n_accuracy": 0.25, "bytes": 1234, "eval_seconds": 3.0}
     assert format_table([row]).splitlines() == [
         "| model | m_accuracy | n_accuracy | bytes | eval_seconds |",
