@@ -181,7 +181,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
+    parser.add_argument(
+        "--output", type=Path, help="by default benchmarks/results/training_cpu.json, for each backend"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()  # the callback misses its Trainer
@@ -197,8 +199,10 @@ def main() -> None:
                 f"| {row['ratio_ste']:.2f} | {row['peak_mb']:.0f} | {row['state']} |",
                 flush=True,
             )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(
+    backend = kernels.backend() if args.device == "cpu" else args.device
+    output = args.output or Path(f"benchmarks/results/training_{backend}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(
         json.dumps(
             {"torch": torch.__version__, "threads": args.threads, "kernels": kernels.backend(), "rows": rows}, indent=2
         )

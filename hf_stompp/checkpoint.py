@@ -1,6 +1,7 @@
 """A saved model's folder: what kind it is, whether everything is in it that a user needs, and writing it whole."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,21 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_stompp.config import QUANT_METHOD
+
+# Weights, configs, tokenizers: what decides on what the model predicts.
+_DECIDING = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer*.json",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+)
 
 
 def load_complete(folder: str | os.PathLike[str], *, latent: bool = False) -> PreTrainedModel:
@@ -178,3 +194,38 @@ def _tensor_names(path: Path) -> Iterable[str]:
             return list(file.keys())
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupted: {error}. Save it again.") from error
+
+
+# --- what is in the files -----------------------------------------------------------------------------------------
+
+
+def weight_bytes(folder: Path) -> int:
+    """The size of the weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def checksums(folder: Path) -> str:
+    """A line, as `sha256sum` prints it, for each file that decides on what the model predicts."""
+    found = {file for pattern in _DECIDING for file in folder.glob(pattern)}
+    files = sorted(file for file in found if file.is_file() and not file.name.startswith("."))  # hidden: not pushed
+    return "\n".join(f"{_sha256(file)}  {file.name}" for file in files)
+
+
+def _sha256(path: Path) -> str:
+    """The checksum of a file, which is read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def wrong_file(folder: Path, stated: Mapping[str, str]) -> str:
+    """Which file has another checksum than is stated of it, or is not there; empty if there is none."""
+    for name, sha in stated.items():
+        if not (folder / name).is_file():
+            return f"states a checksum of {name}, which is not there"
+        found = _sha256(folder / name)
+        if found != sha:
+            return f"states the SHA-256 {sha} of {name}, but that is {found}"
+    return ""

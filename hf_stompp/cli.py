@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_stompp.card import UNNAMED, model_card
-from hf_stompp.checkpoint import load_complete, model_class, whole_folder
+from hf_stompp.checkpoint import load_complete, model_class, weight_bytes, whole_folder
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
 from hf_stompp.hub import push
 from hf_stompp.patching import pack
@@ -122,7 +122,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         packed.save_pretrained(draft)
         for file in sorted({file for pattern in _TOKENIZER for file in latent.glob(pattern)}):
             shutil.copy(file, draft)
-    print(f"{out}: {sum(file.stat().st_size for file in out.glob('*.safetensors')):,} bytes of weights")
+    print(f"{out}: {weight_bytes(out):,} bytes of weights")
     return 0
 
 

@@ -14,9 +14,10 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPErr
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_stompp.card import UNNAMED, Scored, checksums, model_card, render, sha256
-from hf_stompp.checkpoint import check_kind, load_complete
+from hf_stompp.card import UNNAMED, model_card, render
+from hf_stompp.checkpoint import check_kind, checksums, load_complete, wrong_file
 from hf_stompp.figures import Figures
+from hf_stompp.results import Scored
 
 logger = logging.get_logger(__name__)
 
@@ -94,13 +95,12 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = _saved(model_or_folder, tokenizer, Path(temporary), latent)
         text = _card_text(card, load_complete(folder, latent=latent), folder)
-        given = card is not None
-        # Without a new one, a card that is right for the files says more than one that knows no scores.
-        right = None if given or (folder / _CARD).is_file() else folder
         message = commit_message or "Upload a 1-bit model with hf_stompp"
         publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
         try:
-            return publication.commit(_files(folder), text, message, lambda there: not given and _stays(there, right))
+            return publication.commit(
+                _files(folder), text, message, lambda there: card is None and _stays(there, folder)
+            )
         except (HTTPError, json.JSONDecodeError) as error:
             raise _explained(error, publication) from error
 
@@ -147,21 +147,19 @@ def _contradiction(text: str, folder: Path, mode: str) -> str:
     figures = _figures(text)
     if figures is None:
         return ""
-    for name, stated in figures.checksums.items():
-        if not (folder / name).is_file():
-            return f"states a checksum of {name}, which is not there"
-        if sha256(folder / name) != stated:
-            return f"states another SHA-256 of {name} than the file has"
     other = (figures.config or {}).get("mode", mode)
-    return f"is of a model in mode {other!r}, not {mode!r}" if other != mode else ""
+    if other != mode:
+        return f"is of a model in mode {other!r}, not {mode!r}"
+    return wrong_file(folder, figures.checksums)
 
 
-def _stays(text: str, folder: Path | None) -> bool:
-    """Whether the repository's card stays: a person's always, one of hf_stompp if it states the files of `folder`."""
+def _stays(text: str, folder: Path) -> bool:
+    """Whether the repository's card stays: a person's always, one of hf_stompp if it states the files of `folder`, and
+    that has no card itself: it says more than one written now, which knows no scores."""
     figures = _figures(text)
     if figures is None:
         return True
-    return folder is not None and figures.checksums == Figures.read(checksums(folder)).checksums != {}
+    return not (folder / _CARD).is_file() and figures.checksums == Figures.read(checksums(folder)).checksums != {}
 
 
 def _files(folder: Path) -> dict[str, Path]:

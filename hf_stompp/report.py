@@ -10,7 +10,7 @@ from hf_stompp.config import BinarizationConfig
 from hf_stompp.layers import BinaryEmbedding, BinaryLinear, PackedEmbedding, PackedLinear
 from hf_stompp.packing import packed_length
 from hf_stompp.patching import frozen_fraction, is_packed
-from hf_stompp.selection import LayerPlan, embedding_tables, select
+from hf_stompp.selection import LayerPlan, select
 
 
 @dataclass(frozen=True)
@@ -135,11 +135,10 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
             counted |= {id(tensor) for tensor in layer.parameters()}
             rows.append(_layer_row(plan, layer, config))
     rest = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in counted}
-    reasons = embedding_tables(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and rest.pop(id(module.weight), False):
-            plan = plans.get(name, LayerPlan(name, name, "embedding", skipped="not executed"))
-            rows.append(_table_row(plan, module, config.embedding_bits if reasons.get(name) == "" else 32))
+            plan = plans.get(name, LayerPlan(name, name, "table", skipped="not executed"))
+            rows.append(_table_row(plan, module, config.embedding_bits if plan.role == "embedding" else 32))
     rows.append(_rest_row("norms and others", (p for _, p in rest.values())))
     frozen = 1.0 if is_packed(model) else frozen_fraction(model)
     return Summary(type(model).__name__, tuple(rows), frozen)

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_stompp.card import METRICS, hub_id
+from hf_stompp.results import METRICS, hub_id
 
 _BATCH_SIZE = 32
 # `evaluate` runs what it loads: without the caller's word only these of its own, whatever else a card names.
@@ -156,9 +156,8 @@ class Scorer:
             return f"its metric {module!r} is not one of {', '.join(_MODULES)}; pass metric"
         if Path(module).exists():
             return f"{module!r} is a file or folder here, which would be taken for its metric; pass metric"
-        if config is not None and not re.fullmatch(
-            r"\w[\w.-]*", str(config)
-        ):  # `evaluate` makes a folder of that name
+        # `evaluate` makes a folder of that name.
+        if config is not None and not re.fullmatch(r"\w[\w.-]*", str(config)):
             return f"its metric's config {config!r} is not a name; pass metric"
         return ""
 

@@ -54,7 +54,8 @@ class LayerPlan:
     Attributes:
         name (`str`): Name of the module in the model.
         key (`str`): Its name inside the base model, the same with and without a head.
-        role (`str`): `encoder`, `embedding`, `head`, `pooler`, `stem`, `tied` or `unused`.
+        role (`str`): `encoder`, `embedding`, `head`, `pooler`, `stem`, `tied`, `unused`, or `table`: one that can be
+            neither binarized nor rounded.
         unit (`int`, *optional*): Place of its unit in execution order, from 0; `None` if it stays in full precision.
         unsigned (`bool`): Whether its input is the output of a ReLU, GELU, softmax or the like.
         skipped (`str`): Why it stays in full precision; empty if it is binarized.
@@ -242,6 +243,8 @@ def _decide(plan: LayerPlan, config: BinarizationConfig) -> LayerPlan:
     """Fills in why a layer is skipped, if it is and it is not known yet."""
     if _matches_any(plan, config.include):
         reason = plan.skipped or (_SKIPPED[plan.role] if plan.role in ("tied", "unused") else "")
+        if plan.role == "embedding" and not config.weights:
+            reason = "weights=False"
         if reason:
             raise ValueError(f"BinarizationConfig.include selects {plan.name!r}, which cannot be binarized: {reason}.")
         return plan
@@ -270,9 +273,7 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
     executed = list(units)
     others = [n for n, m in model.named_modules(remove_duplicate=False) if type(m) in LINEARS and n not in units]
     plans = [
-        LayerPlan(
-            name, name.removeprefix(base), "embedding", -1, skipped=reason or "weights=False" * (not config.weights)
-        )
+        LayerPlan(name, name.removeprefix(base), "table" if reason else "embedding", -1, skipped=reason)
         for name, reason in _tables(model, trace).items()
     ]
     for name in executed + others:

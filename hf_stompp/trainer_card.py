@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from transformers import TrainerState, TrainingArguments
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_stompp.card import UNNAMED, Scored, render, split_key
+from hf_stompp.card import UNNAMED, render
 from hf_stompp.checkpoint import check_kind
 from hf_stompp.config import BinarizationConfig
+from hf_stompp.results import OWN, Scored, result_row, training_facts
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +70,7 @@ class TrainerCard:
         card = render(
             model,
             folder,
-            {"": _run(trainer, config, folder)} if latent else {},
+            {OWN: _run(trainer, config, folder)} if latent else {},
             _scored(stock),
             repo_id=trainer.hub_model_id or UNNAMED,
             base_model=_base_model(stock.base_model),
@@ -79,36 +80,6 @@ class TrainerCard:
         for key, value in {"language": stock.language, "datasets": stock.datasets, "tags": list(tags)}.items():
             card.data[key] = value
         return card
-
-
-def training_facts(args: TrainingArguments, config: BinarizationConfig | None) -> dict[str, Any]:
-    """What a reader needs to train like this, in the keys of the recipes' `results.json`."""
-    return {
-        "binarization": config and config.to_dict(),
-        "seed": args.seed,
-        "mask_seed": config and config.mask_seed,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "learning_rate": args.learning_rate,
-        "lr_scheduler": str(args.lr_scheduler_type.value),
-        "warmup_steps": args.warmup_steps,
-        "weight_decay": args.weight_decay,
-    }
-
-
-def result_row(
-    model: str, metrics: Mapping[str, Any], folder: str | Path, parts: Iterable[str] = ()
-) -> dict[str, Any]:
-    """A row of the result table out of what `Trainer.evaluate` returned for `model`, saved in `folder`.
-
-    The loss, of each evaluation set in `parts`, is left out, unless there is nothing else.
-    """
-    parts = tuple(parts)
-    other = ("_runtime", "_per_second", "_preparation_time", "epoch")
-    values = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(other)}
-    scores = {key: value for key, value in values.items() if split_key(key, parts)[1] != "loss"} or values
-    seconds = sum(value for key, value in metrics.items() if key.endswith("_runtime"))
-    size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    return {"model": model, **scores, "bytes": size, "eval_seconds": seconds}
 
 
 def _run(trainer: Any, config: BinarizationConfig, folder: Path) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
-from hf_stompp.card import Scored, render, sha256
-from hf_stompp.checkpoint import check_kind, load_complete, read_json, weight_files
+from hf_stompp.card import render
+from hf_stompp.checkpoint import check_kind, load_complete, read_json, weight_files, wrong_file
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.figures import Figures
+from hf_stompp.results import Scored
 from hf_stompp.scoring import MissingExtra, Scorer, require_extra
 
 _CARD = "README.md"
@@ -119,10 +120,8 @@ def verify(
         "card": subject.check_card,
     }
     checks = list(_run(steps))
-    if not scores:
-        checks.append(Check("scores", "skipped", "not asked for"))
-    elif any(check.status == "failed" for check in checks):
-        checks.append(Check("scores", "skipped", "not reached"))
+    if not scores or any(check.status == "failed" for check in checks):
+        checks.append(Check("scores", "skipped", "not reached" if scores else "not asked for"))
     else:
         checks += _check_scores(subject, dataset_dir, metric, tolerance)
     return Verification(str(folder_or_repo), tuple(checks))
@@ -209,12 +208,9 @@ class _Subject:
         stated = Figures.read(self._card_text()).checksums
         if not stated:
             raise _Skipped(f"{_CARD} states none")
-        for name, expected in stated.items():
-            if not (self.folder / name).is_file():
-                raise FileNotFoundError(f"{self.folder} has no {name}, whose checksum {_CARD} states.")
-            found = sha256(self.folder / name)
-            if found != expected:
-                raise ValueError(f"{name} has the SHA-256 {found}, but {_CARD} states {expected}.")
+        wrong = wrong_file(self.folder, stated)
+        if wrong:
+            raise ValueError(f"{_CARD} {wrong}.")
         return f"{len(stated)} files are those of the card"
 
     def check_config(self) -> str:

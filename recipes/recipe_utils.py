@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_stompp import BinarizationConfig, model_card, pack
 from hf_stompp.checkpoint import whole_folder
-from hf_stompp.trainer_card import training_facts
+from hf_stompp.results import training_facts
 
 
 def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, ...]:

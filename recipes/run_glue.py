@@ -34,8 +34,8 @@ from transformers import (
 import synthetic
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
+from hf_stompp.results import result_row
 from hf_stompp.scoring import decide
-from hf_stompp.trainer_card import result_row
 from recipe_utils import bucket_by_length, describe, pack_and_reload, parse_recipe, report, train
 
 

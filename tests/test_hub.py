@@ -180,7 +180,7 @@ def test_a_card_of_hf_stompps_is_replaced(
     # The folder's own card of other files is not published …
     card.save(packed_folder / "README.md")
     done = pushed(packed_folder)
-    assert done["error"][0] == "ValueError" and "README.md states another SHA-256 of model.saf" in done["message"]
+    assert done["error"][0] == "ValueError" and "README.md states the SHA-256" in done["message"]
     assert f"`hf-stompp card {packed_folder} --force`" in done["message"]
     (packed_folder / "README.md").write_text(str(card).replace("  model.safetensors", "  model-1.safetensors"))
     assert "states a checksum of model-1.safetensors, which is not there" in pushed(packed_folder)["message"]

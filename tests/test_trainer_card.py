@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_stompp import BinarizationConfig, trainer_card
 from hf_stompp.checkpoint import load_complete
-from hf_stompp.trainer_card import TrainerCard, result_row
+from hf_stompp.results import result_row
+from hf_stompp.trainer_card import TrainerCard
 
 REPO = "user/tiny-latent"
 SCRIPT = """

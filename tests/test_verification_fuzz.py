@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from transformers import BertConfig, BertForSequenceClassification
 from verified import failure, freeze
 
 from hf_stompp import BinarizationConfig, model_card, pack, verify
@@ -49,19 +48,12 @@ def time_limit(what: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable) -> Path:
     """The folder of a packed model as small as can be, with 8-bit embeddings and no card."""
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=8,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = tiny_model("bert", vocab_size=20, max_position_embeddings=8, **sizes)
     folder = tmp_path_factory.mktemp("sound")
-    pack(freeze(BertForSequenceClassification(config)), embedding_bits=8).save_pretrained(folder)
+    pack(freeze(model), embedding_bits=8).save_pretrained(folder)
     assert verify(folder, scores=False).ok
     return folder
 

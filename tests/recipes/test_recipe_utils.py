@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import TrainerState, TrainingArguments
 
 from hf_stompp import BinarizationConfig
-from hf_stompp.trainer_card import result_row
+from hf_stompp.results import result_row
 from recipe_utils import bucket_by_length, checkpoint_to_resume, format_table, parse_recipe, write_json
 from run_glue import RecipeArguments
 
