@@ -4,10 +4,11 @@ Importing the package registers its quantizer, after which `from_pretrained` tak
 packed checkpoints.
 """
 
+from hf_stompp.calibration import calibrate
 from hf_stompp.callback import StomppCallback
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.hub import model_card, push
-from hf_stompp.patching import binarize, calibrate, pack, unpack
+from hf_stompp.patching import binarize, pack, unpack
 from hf_stompp.quantizer import register
 from hf_stompp.report import summary
 from hf_stompp.verification import Verification, verify

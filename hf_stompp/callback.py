@@ -11,9 +11,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from hf_stompp.calibration import calibrate
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryLinear, LatentLayer
-from hf_stompp.patching import binary_layers, calibrate, frozen_fraction
+from hf_stompp.layers import BinaryLayer, LatentLayer
+from hf_stompp.patching import binary_layers, frozen_fraction
 from hf_stompp.trainer_card import TrainerCard
 
 logger = logging.get_logger(__name__)
@@ -67,7 +68,7 @@ class StomppCallback(TrainerCallback):
         self._set_masks(state.global_step + 1, state.max_steps)
         if self._config.activations:
             self._calibration = _calibration_batch(kwargs["train_dataloader"], args.device)
-            if not all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLinear)):
+            if not all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLayer)):
                 if self._calibration is None:
                     raise ValueError(
                         "There is nothing to calibrate the activation scales on: the training set is a stream, whose "

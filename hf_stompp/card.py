@@ -37,6 +37,7 @@ _TASKS = {
     "ForMaskedLM": "fill-mask",
     "ForQuestionAnswering": "question-answering",
     "ForMultipleChoice": "multiple-choice",
+    "ForImageClassification": "image-classification",
 }
 _METHODS = {
     "layerwise": "layer by layer under stochastic masks (StoMPP)",
@@ -97,7 +98,8 @@ def model_card(
     for name, run in runs.items():
         check_run(name, run, runs[OWN], model.config.quantization_config)
     recipe = (results or {}).get("recipe", {})
-    data = Scored(dataset or recipe.get("task_name"), recipe.get("task_name") if dataset else None, split)
+    part = recipe.get("task_name") or recipe.get("dataset_config")
+    data = Scored(dataset or recipe.get("task_name"), part if dataset else None, split)
     return render(model, folder, runs, data, repo_id=repo_id, base_model=base_model, command=command, license=license)
 
 
@@ -153,7 +155,7 @@ def render(
         final=final,
         training=training_sentence(own),
         command=command,
-        config=json.dumps({k: v for k, v in config.to_dict().items() if k != "modules"}, indent=2),
+        config=json.dumps(config.settings(), indent=2),
     )
 
 
@@ -168,7 +170,7 @@ def _parts(table: Summary) -> str:
     """Bits and bytes, with the layers of a role and precision in one row."""
     groups: dict[tuple[str, int, int], list[LayerSummary]] = defaultdict(list)
     for row in table.rows:
-        kind = "embedding tables" if row.role == "embedding" else f"{row.role} linears" if row.role else row.name
+        kind = "embedding tables" if row.role == "embedding" else f"{row.role} layers" if row.role else row.name
         groups[kind, row.weight_bits, row.input_bits].append(row)
     lines = []
     for (name, weight_bits, input_bits), rows in groups.items():
@@ -219,6 +221,9 @@ def _example(repo_id: str, model_class: str, task: str, folder: Path | None, con
         lines += [f'model = {model_class}.from_pretrained("{repo_id}")', "packed = hf_stompp.pack(model)"]
         return "\n".join([*lines, 'packed.save_pretrained("packed")'])
     lines = ["import hf_stompp  # makes transformers read 1-bit checkpoints"]
+    if task == "image-classification" and (folder is None or (folder / "preprocessor_config.json").is_file()):
+        lines += ["from transformers import pipeline", "", f'predict = pipeline("{task}", model="{repo_id}")']
+        return "\n".join([*lines, 'print(predict("image.png"))'])
     tokenizer = folder is None or (folder / "tokenizer_config.json").is_file()
     if tokenizer and task in ("text-classification", "token-classification", "feature-extraction"):
         lines += ["from transformers import pipeline", "", f'predict = pipeline("{task}", model="{repo_id}")']

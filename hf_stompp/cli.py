@@ -24,7 +24,16 @@ from hf_stompp.report import summary
 from hf_stompp.verification import verify
 
 _PROGRAM = "hf-stompp"
-_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+# Of tokenizers and image processors.
+_PROCESSING = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "preprocessor_config.json",
+)
 # What a wrong argument, folder, network or installation raises; anything else is a bug, and shows where it is.
 _EXPECTED = (OSError, ValueError, ImportError, SafetensorError)
 
@@ -110,6 +119,7 @@ def _add_pack(commands: Any) -> None:
     _flag(parser, "embedding-bits", "bits of the embedding tables; by default as configured", type=int)
     dtypes = ["float32", "float16", "bfloat16"]
     _flag(parser, "dtype", "of what stays in floats; by default as it is", choices=dtypes)
+    _flag(parser, "keep-batch-norms", "fold none into thresholds, so that unpack() works", action="store_true")
 
 
 def _pack(arguments: argparse.Namespace) -> int:
@@ -117,10 +127,11 @@ def _pack(arguments: argparse.Namespace) -> int:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"OUT: received {str(out)!r}, which exists; allowed: a new folder, or an empty one.")
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
-    packed = pack(load_complete(latent, latent=True), embedding_bits=arguments.embedding_bits, dtype=dtype)
+    model, fold = load_complete(latent, latent=True), not arguments.keep_batch_norms
+    packed = pack(model, embedding_bits=arguments.embedding_bits, dtype=dtype, fold_batch_norm=fold)
     with whole_folder(out) as draft:
         packed.save_pretrained(draft)
-        for file in sorted({file for pattern in _TOKENIZER for file in latent.glob(pattern)}):
+        for file in sorted({file for pattern in _PROCESSING for file in latent.glob(pattern)}):
             shutil.copy(file, draft)
     print(f"{out}: {weight_bytes(out):,} bytes of weights")
     return 0

@@ -15,6 +15,8 @@ from hf_stompp import schedule
 
 QUANT_METHOD = "stompp"
 FORMAT_VERSION = 1
+RESOLVED = ("modules", "folded")
+"""Fields that are written by `binarize` and `pack`, for whoever loads the model."""
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -84,6 +86,14 @@ class BinarizationConfig(QuantizationConfigMixin):
     learn_activation_scale: bool = _flag(True, "Train the activation scale of each layer (it starts calibrated).")
     learn_activation_shift: bool = _flag(True, "Train a shift for each input feature of layers with signed levels.")
     replace_gelu: bool = _flag(False, "Replace the GELU that feeds a binarized layer by ReLU.")
+    replace_relu: bool = _flag(
+        False,
+        "Drop the ReLU that feeds a binarized layer: its inputs get the levels {-s, +s}, and its clip is the "
+        "non-linearity. For convolution networks trained from scratch.",
+    )
+    bireal_shortcuts: bool = _flag(
+        False, "A full-precision shortcut around each convolution of the blocks of a ResNet, as in Bi-Real Net."
+    )
     pooler: bool = _flag(False, "Binarize the pooler too.")
     embeddings: bool = _flag(
         False, "Binarize the embedding tables too, as the first unit: 1 bit an entry and a scale for each row."
@@ -101,6 +111,8 @@ class BinarizationConfig(QuantizationConfigMixin):
     modules: dict[str, Any] = field(default_factory=dict, init=False)
     """The resolved selection, written by `binarize`: layer → {"unit", "levels"} or table → {"unit", "bits"}; and by
     `pack`, rounded table → {"bits"}."""
+    folded: list[str] = field(default_factory=list, init=False)
+    """Names, in the base model, of the batch norms and activations that `pack` has folded into thresholds."""
     unknown: dict[str, Any] = field(default_factory=dict, init=False)
     """Keys of a newer version that this one does not know: kept, and saved again."""
 
@@ -210,6 +222,7 @@ class BinarizationConfig(QuantizationConfigMixin):
         known = {key: value for key, value in config_dict.items() if key in fields and fields[key].init}
         config = cls(**known)
         config.modules = dict(config_dict.get("modules") or {})
+        config.folded = list(config_dict.get("folded") or [])
         config.unknown = {key: value for key, value in config_dict.items() if key not in fields}
         if config.unknown:
             warnings.warn(
@@ -226,6 +239,10 @@ class BinarizationConfig(QuantizationConfigMixin):
         """All fields, and the kept unknown keys, as JSON knows them."""
         fields = dataclasses.asdict(self)
         return {**fields.pop("unknown"), **fields}
+
+    def settings(self) -> dict[str, Any]:
+        """What was chosen, without what `binarize` and `pack` wrote beside it."""
+        return {key: value for key, value in self.to_dict().items() if key not in RESOLVED}
 
     def __iter__(self) -> Any:
         yield from self.to_dict().items()

@@ -121,7 +121,8 @@ class _Mix(torch.autograd.Function):
         elif kernel is not None:
             y = kernel.forward(x, scale, mask, clip, unsigned)
         else:
-            y = x.new_empty(x.shape)  # contiguous: a compiler cannot write into another
+            # In the memory order of x; a compiler can only write into a contiguous tensor.
+            y = x.new_empty(x.shape) if torch.compiler.is_compiling() else torch.empty_like(x)
             for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
                 _mixed(part, part_scale, frozen, clip, unsigned, out)
         values = y if ctx.needs_input_grad[1] and kernel is None else None

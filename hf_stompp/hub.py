@@ -65,7 +65,8 @@ def push(
         model_or_folder (`PreTrainedModel`, `str` or `Path`): A packed model, or the folder it was saved in, which is
             pushed as it is, without hidden files and `checkpoint-*`.
         repo_id (`str`): `user/name`, created if it does not exist.
-        tokenizer (*optional*): Of a model, anything with `save_pretrained`. A folder holds its own.
+        tokenizer (*optional*): Of a model, or its image processor: anything with `save_pretrained`. A folder holds its
+            own.
         private (`bool`, *optional*): Visibility of the repository; an existing one must have it already.
         revision (`str`, *optional*, defaults to `"main"`): The branch, created from `main` if it does not exist.
         commit_message (`str`, *optional*): The title of the commit.

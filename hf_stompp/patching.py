@@ -1,19 +1,29 @@
-"""The verbs on models: `binarize`, `pack`, `unpack`, and `calibrate`."""
+"""The verbs on models: `binarize`, `pack` and `unpack`."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryEmbedding, BinaryLinear, LatentLayer, PackedEmbedding, PackedLinear
-from hf_stompp.selection import LayerPlan, activations_feeding, embedding_tables, select
+from hf_stompp.folding import fold, foldable
+from hf_stompp.layers import (
+    BINARY,
+    PACKED,
+    BinaryEmbedding,
+    BinaryLayer,
+    LatentLayer,
+    PackedEmbedding,
+    PackedLayer,
+)
+from hf_stompp.rewiring import rewire, rewires
+from hf_stompp.selection import LayerPlan, embedding_tables, select
 
 logger = logging.get_logger(__name__)
 
@@ -24,14 +34,19 @@ def binary_layers(model: nn.Module) -> dict[str, LatentLayer]:
     return dict(sorted(layers.items(), key=lambda item: item[1].unit))
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLinear]:
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
     """The packed layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
 
 
 def packed_tables(model: nn.Module) -> dict[str, PackedEmbedding]:
     """The packed embedding tables of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedEmbedding)}
+
+
+def name_in_base(model: PreTrainedModel, name: str) -> str:
+    """The name of a module inside the base model, the same with and without a head."""
+    return name if model.base_model is model else name.removeprefix(model.base_model_prefix + ".")
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -50,8 +65,8 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
     """Patches a loaded model in place for binarization: the same model as `from_pretrained(...,
     quantization_config=config)` gives.
 
-    The selected layers become [`BinaryLinear`] and [`BinaryEmbedding`] around the same parameters, all soft; nothing
-    is frozen until [`StomppCallback`] does it. The resolved selection is written into
+    The selected layers become [`BinaryLinear`], [`BinaryConv2d`] and [`BinaryEmbedding`] around the same parameters,
+    all soft; nothing is frozen until [`StomppCallback`] does it. The resolved selection is written into
     `model.config.quantization_config`.
 
     Args:
@@ -79,8 +94,9 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
         raise ValueError(f"This {type(model).__name__} is binarized already; load the full-precision model again.")
     config = copy.deepcopy(config or BinarizationConfig())
     plans = [plan for plan in select(model, config) if not plan.skipped]
-    if config.replace_gelu:
-        replace_gelu(model, {plan.name for plan in plans})
+    if rewires(config):
+        rewire(model, {plan.name for plan in plans}, config)
+        plans = [plan for plan in select(model, config) if not plan.skipped]  # inputs may have other levels now
     for plan in plans:
         assert plan.unit is not None
         module = model.get_submodule(plan.name)
@@ -88,9 +104,10 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
         if isinstance(module, nn.Embedding):
             layer = BinaryEmbedding.from_float(module, config, key=plan.key, unit=plan.unit)
         else:
-            layer = BinaryLinear.from_float(module, config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned)
+            kind = BINARY[type(module)]
+            layer = kind.from_float(module, config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned)
         model.set_submodule(plan.name, layer)
-    config.modules = {plan.key: _entry(plan, config) for plan in plans}
+    config.modules = {plan.key: _entry(plan, model.get_submodule(plan.name), config) for plan in plans}
     model.config.quantization_config = config
     # Masks are the same on every rank by construction: DDP need not send them.
     masks = [f"{name}.{kind}_mask" for name, layer in binary_layers(model).items() for kind in layer.MASKS]
@@ -98,104 +115,21 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
     return model
 
 
-def _entry(plan: LayerPlan, config: BinarizationConfig) -> dict[str, Any]:
+def _entry(plan: LayerPlan, layer: nn.Module, config: BinarizationConfig) -> dict[str, Any]:
     """What `config.modules` says of a binarized layer."""
     if plan.role == "embedding":
         return {"unit": plan.unit, "bits": 1}
-    return {"unit": plan.unit, "levels": ("unsigned" if plan.unsigned else "signed") if config.activations else None}
-
-
-def replace_gelu(model: PreTrainedModel, names: set[str]) -> None:
-    """Replaces the activation modules that feed the linears `names` by `nn.ReLU`, in place."""
-    found = activations_feeding(model, names)
-    if not found:
-        raise ValueError(
-            f"BinarizationConfig.replace_gelu is set, but no activation module of {type(model).__name__} feeds a "
-            "binarized layer (a functional activation cannot be replaced). Set replace_gelu=False, or change the "
-            "activation in the model's config."
-        )
-    for name in found:
-        model.set_submodule(name, nn.ReLU())
-
-
-@torch.no_grad()
-def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
-    r"""Sets the activation scales (and shifts) of a binarized model from one batch of its real input.
-
-    Each layer is set just before it runs, so it sees what its upstream layers really give under the present masks.
-    Signed: \\(β_k = \operatorname{mean}(x_k)\\) if the shift is learned, and \\(γ = \operatorname{mean}|x - β|\\), the
-    least-squares scale. What the shift takes from the layer's output, \\(β \hat w^\top\\), goes into the bias.
-    Unsigned: \\(γ = \operatorname{mean}(x \mid x \ge γ/2)\\), by fixed-point iteration, the least-squares level.
-
-    Padding, by the batch's `attention_mask`, does not count. A layer that is executed several times, as ALBERT's are,
-    keeps what it saw last. [`StomppCallback`] calls it at the start of the training of a model that has not been
-    calibrated, and for each unit when its window begins: what the unit is given then comes out of binary layers, and
-    is no longer what it was. Call it yourself in a training loop of your own, or for a training set that is a stream.
-
-    Args:
-        model (`PreTrainedModel`): A binarized model.
-        batch (`Mapping`): Keyword arguments of its `forward`, on its device.
-        units (`Collection[int]`, *optional*): Set the layers of these units alone; by default of all.
-
-    Raises:
-        ValueError: The model is not binarized.
-    """
-
-    if not binary_layers(model):
-        raise ValueError(
-            f"calibrate takes a binarized model, but this {type(model).__name__} is not; binarize it first."
-        )
-    mask = batch.get("attention_mask")
-
-    def hook(layer: BinaryLinear, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().float()
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask.bool()]
-        _calibrate_layer(layer, x.reshape(-1, layer.in_features))
-
-    layers = [
-        layer
-        for layer in binary_layers(model).values()
-        if isinstance(layer, BinaryLinear)
-        and layer.activation_scale is not None
-        and (units is None or layer.unit in units)
-    ]
-    if not layers:  # a unit of tables
-        return
-    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
-    training = model.training
-    try:
-        model.eval()(**batch)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-
-
-def _calibrate_layer(layer: BinaryLinear, x: Tensor) -> None:
-    """From its inputs `[tokens, in_features]`."""
-    scale = layer.activation_scale
-    assert scale is not None
-    if layer.unsigned:
-        level = 2 * x.clamp(min=0).mean()
-        for _ in range(20):
-            above = x[x >= level / 2]
-            if above.numel() == 0:
-                break
-            level = above.mean()
-    else:
-        if layer.activation_shift is not None and layer.bias is not None:
-            shift = x.mean(dim=0)
-            layer.bias.add_(nn.functional.linear(shift - layer.activation_shift, layer.effective_weight().float()))
-            layer.activation_shift.copy_(shift)
-            x = x - shift
-        level = x.abs().mean()
-    scale.fill_(level.item() or 1.0)
-    layer.calibrated.fill_(True)
+    levels = ("unsigned" if plan.unsigned else "signed") if config.activations else None
+    # A row of bits does not tell the shape of a kernel.
+    shape = {"shape": list(layer.weight.shape[1:])} if isinstance(layer, nn.Conv2d) else {}
+    return {"unit": plan.unit, "levels": levels, **shape}
 
 
 def pack(
-    model: PreTrainedModel, embedding_bits: int | None = None, dtype: torch.dtype | None = None
+    model: PreTrainedModel,
+    embedding_bits: int | None = None,
+    dtype: torch.dtype | None = None,
+    fold_batch_norm: bool = True,
 ) -> PreTrainedModel:
     """Makes the packed model: bits and scales instead of latent weights, and the same outputs, bit for bit.
 
@@ -212,6 +146,9 @@ def pack(
             binarized in training has 1 bit in any case, one that is tied to the output layer stays as it is.
         dtype (`torch.dtype`, *optional*): Of everything that is neither packed nor decides on bits: norms, biases,
             heads. By default it is not changed.
+        fold_batch_norm (`bool`, *optional*, defaults to `True`): Leave out the batch norms, and the ReLUs after them,
+            that stand between two binary convolutions alone: the second one's thresholds do their work, and not a bit
+            changes (see [`~folding.fold`]). Such a model cannot be unpacked.
 
     Returns:
         `PreTrainedModel`: A new model of the same class in evaluation mode; `save_pretrained` writes the bits.
@@ -235,12 +172,14 @@ def pack(
     replaced += [table.weight for table in tables.values()]
     packed = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in replaced})
     packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
-    config = pack_modules(packed, layers, tables, config)
+    config = pack_modules(packed.eval(), layers, tables, config)
+    if fold_batch_norm:
+        config.folded = [name_in_base(packed, name) for chain in foldable(model) for name in fold(packed, chain)]
     if dtype is not None:
         packed.to(dtype)
         packed.config.dtype = dtype
     _mark_packed(packed, config)
-    return packed.eval()
+    return packed
 
 
 def pack_modules(
@@ -252,17 +191,16 @@ def pack_modules(
     """Puts the packed modules in the place of `layers`, which are taken as frozen, and of `tables`; returns the config
     that lists them."""
     config = copy.deepcopy(config)
-    base = "" if model.base_model is model else model.base_model_prefix + "."
     for name, layer in layers.items():
         if isinstance(layer, BinaryEmbedding):
             model.set_submodule(name, PackedEmbedding.from_binary(layer))
-        elif isinstance(layer, BinaryLinear):
-            model.set_submodule(name, PackedLinear.from_binary(layer))
+        elif isinstance(layer, BinaryLayer):
+            model.set_submodule(name, PACKED[type(layer)].from_binary(layer))
     for name, table in tables.items():
         if not table.weight.isfinite().all():
             raise ValueError(f"{name}.weight holds values that are not finite: the table cannot be packed.")
         model.set_submodule(name, PackedEmbedding.from_float(table, config.embedding_bits))
-        config.modules[name.removeprefix(base)] = {"bits": config.embedding_bits}
+        config.modules[name_in_base(model, name)] = {"bits": config.embedding_bits}
     return config
 
 
@@ -315,19 +253,23 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     again gives the same bits, and the same scales up to float rounding. The model passed in is not changed.
 
     Raises:
-        ValueError: The model is not packed.
+        ValueError: The model is not packed, or batch norms were folded when it was.
     """
     if not is_packed(model):
         raise ValueError(f"unpack takes a packed model, but this {type(model).__name__} has no packed layer.")
     config = copy.deepcopy(model.config.quantization_config)
+    if config.folded:
+        raise ValueError(
+            f"The batch norm {config.folded[0]} was folded into thresholds when this model was packed: it cannot be "
+            "trained again. Unpack one made by pack(model, fold_batch_norm=False), or go on with the latent model."
+        )
     config.mode = "train"
     config.modules = {key: entry for key, entry in config.modules.items() if "unit" in entry}
     latent = copy.deepcopy(model)
-    base = "" if model.base_model is model else model.base_model_prefix + "."
     for name, layer in packed_layers(model).items():
-        latent.set_submodule(name, _to_binary(layer, config, name.removeprefix(base)))
+        latent.set_submodule(name, _to_binary(layer, config, name_in_base(model, name)))
     for name, packed in packed_tables(model).items():
-        table, key = packed.to_float(), name.removeprefix(base)
+        table, key = packed.to_float(), name_in_base(model, name)
         if key in config.modules:
             table = BinaryEmbedding.from_float(table, config, key=key, unit=config.modules[key]["unit"])
             table.set_frozen(1.0, step=0)
@@ -339,13 +281,13 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _to_binary(layer: PackedLinear, config: BinarizationConfig, key: str) -> BinaryLinear:
+def _to_binary(layer: PackedLayer, config: BinarizationConfig, key: str) -> BinaryLayer:
     levels = layer.activation_levels
     unsigned = levels is not None and levels[0].item() == 0
     if key not in config.modules:
         raise ValueError(f"model.config.quantization_config.modules does not list {key!r}, so its unit is not known.")
-    unit = config.modules[key]["unit"]
-    binary = BinaryLinear.from_float(layer.to_float(), config, key=key, unit=unit, unsigned=unsigned)
+    unit, floats = config.modules[key]["unit"], layer.to_float()
+    binary = BINARY[type(floats)].from_float(floats, config, key=key, unit=unit, unsigned=unsigned)
     if binary.activation_scale is not None and levels is not None:
         binary.activation_scale.copy_(levels[1:])
     if binary.activation_shift is not None and layer.activation_threshold is not None:

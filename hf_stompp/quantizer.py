@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -19,22 +19,24 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
-from hf_stompp.layers import BinaryInputLinear, PackedEmbedding, PackedLinear
-from hf_stompp.packing import packed_length
+from hf_stompp.folding import remove
+from hf_stompp.layers import BINARY_INPUT, PACKED, PackedEmbedding, PackedLayer
 from hf_stompp.patching import (
     binarize,
     binary_layers,
     pack_modules,
     packed_layers,
     packed_tables,
-    replace_gelu,
     tables_to_pack,
 )
+from hf_stompp.rewiring import rewire, rewires
 from hf_stompp.selection import tied_modules
+from hf_stompp.soundness import check_layout, check_packed, check_shape, check_table
+from hf_stompp.tracing import LAYERS
 
 logger = logging.get_logger(__name__)
 
-_PACKED_TENSORS = ("weight", "bias", *PackedLinear.FULL_PRECISION)
+_PACKED_TENSORS = ("weight", "bias", *PackedLayer.FULL_PRECISION)
 
 
 class StomppHfQuantizer(HfQuantizer):
@@ -80,11 +82,13 @@ class StomppHfQuantizer(HfQuantizer):
                 model._keys_to_ignore_on_load_missing = ignored + [rf"\.{name}$" for name in _added_tensors(model)]
             return
         self._loading = True
-        linears, tables = _packed_modules(model, checkpoint_files, self.quantization_config)
-        if self.quantization_config.replace_gelu:
-            replace_gelu(model, set(linears))
-        for name, binary_input in linears.items():
-            model.set_submodule(name, PackedLinear.empty(model.get_submodule(name), binary_input))
+        config = self.quantization_config
+        remove(model, _folded_modules(model, config))
+        layers, tables = _packed_modules(model, checkpoint_files, config)
+        rewire(model, set(layers), config)
+        for name, binary_input in layers.items():
+            layer = model.get_submodule(name)
+            model.set_submodule(name, PACKED[type(layer)].empty(layer, binary_input))
         for name, bits in tables.items():
             model.set_submodule(name, PackedEmbedding.empty(model.get_submodule(name), bits))
 
@@ -93,9 +97,9 @@ class StomppHfQuantizer(HfQuantizer):
             if self._loading:
                 _check_loaded(model)
             for name, packed in packed_layers(model).items():
-                _check_packed(name, packed)
+                check_packed(name, packed)
             for name, table in packed_tables(model).items():
-                _check_table(name, table)
+                check_table(name, table)
             return model
         for name, layer in binary_layers(model).items():
             _fill_added(name, layer, missing_allowed=not self.pre_quantized)
@@ -122,17 +126,17 @@ class StomppHfQuantizer(HfQuantizer):
         layers = packed_layers(model)
         for name, layer in layers.items():
             binary_input = layer.activation_threshold is not None
-            floats = BinaryInputLinear.from_packed(layer) if binary_input else layer.to_float()
+            floats = BINARY_INPUT[type(layer)].from_packed(layer) if binary_input else layer.to_float()
             model.set_submodule(name, floats.to(dtype))
         for name, table in packed_tables(model).items():
             model.set_submodule(name, table.to_float().to(dtype))
-        if self.quantization_config.replace_gelu or any(
+        if rewires(self.quantization_config) or any(
             layer.activation_threshold is not None for layer in layers.values()
         ):
             logger.warning(
                 "The dequantized model computes what the packed one does, for use in this process and for export. Do "
-                "not save it as a checkpoint: binary inputs and replaced activations are not in config.json, and it "
-                "would load as another model. Save the packed one."
+                "not save it as a checkpoint: binary inputs, replaced activations and added shortcuts are not in "
+                "config.json, and it would load as another model. Save the packed one."
             )
         return model
 
@@ -171,22 +175,22 @@ def _fill_added(name: str, layer: nn.Module, missing_allowed: bool) -> None:
 def _packed_modules(
     model: PreTrainedModel, files: list[str] | None, config: BinarizationConfig
 ) -> tuple[dict[str, bool], dict[str, int]]:
-    """The linears of `model` that are packed in the checkpoint, and whether their inputs are binary; and the embedding
+    """The layers of `model` that are packed in the checkpoint, and whether their inputs are binary; and the embedding
     tables that are packed, and in how many bits, which only the config says.
 
     They are found by the checkpoint's own keys, renamed as transformers renames them, so that a backbone loads from
     the checkpoint of a model with a head and the reverse.
     """
-    base = "" if model.base_model is model else model.base_model_prefix + "."
     listed: dict[str, bool] = {}
     tables: dict[str, int] = {}
     for key, entry in config.modules.items():
-        kind = nn.Embedding if "bits" in entry else nn.Linear
-        name = next((n for n in (base + key, key) if _is_module(model, n, kind)), None)
+        kind = nn.Embedding if "bits" in entry else LAYERS
+        name = _named(model, key, kind)
         if name is not None and kind is nn.Embedding:
             tables[name] = entry["bits"]
         elif name is not None:
             listed[name] = entry["levels"] is not None
+            check_shape(name, model.get_submodule(name), entry)
     if not files or not all(file.endswith(".safetensors") for file in files):
         return listed, tables
     tied = sorted(tables.keys() & tied_modules(model)) if tables else []
@@ -204,8 +208,25 @@ def _packed_modules(
                 f"The packed checkpoint has a packed table {name}, but quantization_config.modules in its config.json "
                 "does not list it with its bits: one of the two is corrupted. Save or download it again."
             )
-        _check_layout(name, module, tensors, tables.get(name, 1))
+        check_layout(name, module, tensors, tables.get(name, 1))
     return {name: "activation_threshold" in found[name] for name in found if name not in tables}, tables
+
+
+def _folded_modules(model: PreTrainedModel, config: BinarizationConfig) -> list[str]:
+    names = {key: _named(model, key, nn.Module) for key in config.folded}
+    for key, name in names.items():
+        if name is None:
+            raise ValueError(
+                f"quantization_config.folded in config.json lists {key}, which {type(model).__name__} does not have: "
+                "the config is of another model, or corrupted. Save or download it again."
+            )
+    return [name for name in names.values() if name]
+
+
+def _named(model: PreTrainedModel, key: str, kind: Any) -> str | None:
+    """The name in `model` of the module of a kind that is called `key` in the base model, if it has it."""
+    base = "" if model.base_model is model else model.base_model_prefix + "."
+    return next((name for name in (base + key, key) if _is_module(model, name, kind)), None)
 
 
 def _is_module(model: nn.Module, name: str, kind: Any) -> bool:
@@ -216,11 +237,11 @@ def _is_module(model: nn.Module, name: str, kind: Any) -> bool:
 
 
 def _check_all_present(model: PreTrainedModel, present: set[str], missing: list[str]) -> None:
-    """Refuses a checkpoint that lacks packed weights (`missing`) or any other parameter of the base model, which
+    """Refuses a checkpoint that lacks packed weights (`missing`) or anything else of the base model, which
     transformers would make up with a warning. Heads are made up by right, and poolers, which another head has not."""
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
-    for name, _ in model.base_model.named_parameters(prefix=prefix.removesuffix(".")):
+    for name in model.base_model.state_dict(prefix=prefix):
         if name not in present and name not in tied and "pooler" not in name.split("."):
             missing.append(name)
     if missing:
@@ -253,61 +274,17 @@ def _checkpoint_tensors(
                         f"{module}.weight", renamings, converters, model.base_model_prefix, expected
                     )
                     name = renamed.removesuffix(".weight")
-                    if _is_module(model, name, (nn.Linear, nn.Embedding)):
+                    if _is_module(model, name, (*LAYERS, nn.Embedding)):
                         view = checkpoint.get_slice(key)
                         tensors[name][tensor] = (view.get_dtype(), view.get_shape())
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or corrupted: {error}. Save or download it again.") from error
-    packed_keys = set(PackedLinear.FULL_PRECISION)
+    packed_keys = set(PackedLayer.FULL_PRECISION)
     return present, {
         name: found
         for name, found in tensors.items()
         if packed_keys & set(found) or found.get("weight", ("", []))[0] == "U8"
     }
-
-
-def _layout(
-    module: nn.Linear | nn.Embedding, binary_input: bool, bits: int
-) -> dict[str, tuple[str | None, list[int]]]:
-    """Tensor → (dtype, shape) of a packed module; no dtype is any float."""
-    if isinstance(module, nn.Embedding):
-        rows = module.num_embeddings
-        return {"weight": ("U8", [rows, packed_length(module.embedding_dim, bits)]), "weight_scale": ("F32", [rows])}
-    n, k = module.out_features, module.in_features
-    layout: dict[str, tuple[str | None, list[int]]] = {
-        "weight": ("U8", [n, packed_length(k)]),
-        "weight_scale": ("F32", [n]),
-    }
-    if module.bias is not None:
-        layout["bias"] = (None, [n])
-    if binary_input:
-        layout |= {"activation_threshold": ("F32", [k]), "activation_levels": ("F32", [2])}
-    return layout
-
-
-def _check_layout(
-    name: str, module: nn.Linear | nn.Embedding, tensors: dict[str, tuple[str, list[int]]], bits: int
-) -> None:
-    """Refuses a packed module with a missing tensor, or one of another type or shape than the format's."""
-    binary_input = bool({"activation_threshold", "activation_levels"} & set(tensors))
-    layout = _layout(module, binary_input, bits)
-    for tensor, (dtype, shape) in layout.items():
-        if tensor not in tensors:
-            raise ValueError(
-                f"The packed checkpoint has no tensor {name}.{tensor}: it is incomplete. Save or download it again."
-            )
-        found_dtype, found_shape = tensors[tensor]
-        if found_shape != shape or (dtype is not None and found_dtype != dtype):
-            raise ValueError(
-                f"{name}.{tensor} of the packed checkpoint is {found_dtype} {found_shape}, but the "
-                f"{type(module).__name__} of this model needs {dtype or 'a float'} {shape}: the checkpoint is of "
-                "another model, or corrupted."
-            )
-    unexpected = set(tensors) - set(layout)
-    if unexpected:
-        raise ValueError(
-            f"The packed checkpoint has a tensor {name}.{min(unexpected)} that the model has no place for."
-        )
 
 
 def _check_loaded(model: nn.Module) -> None:
@@ -318,46 +295,6 @@ def _check_loaded(model: nn.Module) -> None:
                 raise ValueError(
                     f"The packed checkpoint has no tensor {name}.{key}: it is incomplete. Save or download it again."
                 )
-
-
-def _check_packed(name: str, layer: PackedLinear) -> None:
-    """Refuses loaded values that no packed layer can have."""
-    bad = {
-        "weight": _padding(layer.weight, layer.in_features).any(),
-        "weight_scale": ~_all(layer.weight_scale, lambda x: x >= 0),
-        "activation_threshold": layer.activation_threshold is not None
-        and not layer.activation_threshold.isfinite().all(),
-        "activation_levels": layer.activation_levels is not None and not _are_levels(layer.activation_levels),
-    }
-    for key, is_bad in bad.items():
-        if is_bad:
-            raise ValueError(
-                f"{name}.{key} holds values that no packed layer has (not finite, a negative scale, levels other than "
-                "{-γ, γ} or {0, γ}, or set padding bits): the checkpoint is corrupted. Save or download it again."
-            )
-
-
-def _check_table(name: str, table: PackedEmbedding) -> None:
-    """Refuses loaded values that no packed table can have."""
-    if not table.weight_scale.isfinite().all() or _padding(table.weight, table.embedding_dim * table.bits).any():
-        raise ValueError(
-            f"{name} holds values that no packed table has (a scale that is not finite, or set padding bits): the "
-            "checkpoint is corrupted. Save or download it again."
-        )
-
-
-def _all(tensor: Tensor, condition: Any) -> Tensor:
-    return (tensor.isfinite() & condition(tensor)).all()
-
-
-def _padding(packed: Tensor, bits: int) -> Tensor:
-    """What is behind the `bits` bits of each row in its last byte; the format has zeros there."""
-    return packed[:, -1] >> bits % 8 if bits % 8 else torch.zeros(1, dtype=torch.uint8)
-
-
-def _are_levels(levels: Tensor) -> bool:
-    low, high = levels.tolist()
-    return high > 0 and low in (0.0, -high)
 
 
 def register() -> None:

@@ -2,20 +2,22 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.layers import BinaryEmbedding, BinaryLinear, PackedEmbedding, PackedLinear
+from hf_stompp.layers import PACKED, BinaryEmbedding, BinaryLayer, PackedEmbedding, PackedLayer
 from hf_stompp.packing import packed_length
 from hf_stompp.patching import frozen_fraction, is_packed
 from hf_stompp.selection import LayerPlan, select
+from hf_stompp.tracing import LAYERS
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One row of [`Summary`]: a linear layer, an embedding table, or everything else.
+    """One row of [`Summary`]: a layer, an embedding table, or everything else.
 
     Attributes:
         name (`str`): Module name, or `norms and others`.
@@ -131,7 +133,7 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
     plans = {plan.name: plan for plan in select(model, config)}
     for plan in plans.values():
         layer = model.get_submodule(plan.name)
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, LAYERS):
             counted |= {id(tensor) for tensor in layer.parameters()}
             rows.append(_layer_row(plan, layer, config))
     rest = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in counted}
@@ -144,22 +146,24 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
     return Summary(type(model).__name__, tuple(rows), frozen)
 
 
-def _layer_row(plan: LayerPlan, layer: nn.Linear, config: BinarizationConfig) -> LayerSummary:
-    weights, biases = layer.in_features * layer.out_features, 0 if layer.bias is None else layer.out_features
+def _layer_row(plan: LayerPlan, layer: Any, config: BinarizationConfig) -> LayerSummary:
+    # Its shape, which a packed layer's weight does not have.
+    shape = layer if isinstance(layer, PackedLayer) else PACKED[type(layer)].empty(layer, binary_input=False)
+    weights, biases = shape.outputs * shape.row_length, 0 if layer.bias is None else shape.outputs
     float_bytes = 4 * (weights + biases)
     binary = not plan.skipped
-    unsigned = layer.unsigned if isinstance(layer, BinaryLinear) else plan.unsigned
-    if isinstance(layer, PackedLinear) and layer.activation_levels is not None:
+    unsigned = layer.unsigned if isinstance(layer, BinaryLayer) else plan.unsigned
+    if isinstance(layer, PackedLayer) and layer.activation_levels is not None:
         unsigned = layer.activation_levels[0].item() == 0
     binary_input = binary and config.activations
     packed_bytes = sum(tensor.nbytes for tensor in layer.parameters())
     if binary and config.weights:
         # Bits, scales and bias; thresholds and two levels for binary inputs.
-        bits = layer.out_features * packed_length(layer.in_features)
+        bits = shape.outputs * packed_length(shape.row_length)
         bias_bytes = 0 if layer.bias is None else layer.bias.nbytes
-        packed_bytes = bits + bias_bytes + 4 * layer.out_features
-        packed_bytes += 4 * (layer.in_features + 2) if binary_input else 0
-    frozen = layer.fraction if isinstance(layer, BinaryLinear) else 1.0 if isinstance(layer, PackedLinear) else 0.0
+        packed_bytes = bits + bias_bytes + 4 * shape.outputs
+        packed_bytes += 4 * (shape.input_features + 2) if binary_input else 0
+    frozen = layer.fraction if isinstance(layer, BinaryLayer) else 1.0 if isinstance(layer, PackedLayer) else 0.0
     return LayerSummary(
         name=plan.name,
         role=plan.role,

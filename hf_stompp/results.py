@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult
 from transformers import TrainingArguments
 
 from hf_stompp.checkpoint import weight_bytes
-from hf_stompp.config import BinarizationConfig
+from hf_stompp.config import RESOLVED, BinarizationConfig
 
 OWN = ""
 """The name of the run that made the checkpoint, among the runs of a card."""
@@ -100,7 +100,7 @@ def check_run(name: str, run: Mapping[str, Any], own: Mapping[str, Any], config:
     """Refuses scores that are not this checkpoint's, or that cannot stand beside them."""
     _check_keys("results" if name == OWN else f"compared[{name!r}]", run)
     if name == OWN:
-        made = {key: value for key, value in (run["binarization"] or {}).items() if key not in ("mode", "modules")}
+        made = {key: value for key, value in (run["binarization"] or {}).items() if key not in ("mode", *RESOLVED)}
         other = sorted(key for key, value in config.to_dict().items() if key in made and made[key] != value)
         if not made or other:
             raise ValueError(
@@ -108,7 +108,7 @@ def check_run(name: str, run: Mapping[str, Any], own: Mapping[str, Any], config:
                 "the model's. Pass the results.json of the run that made this checkpoint."
             )
         scored_row(run, config.mode)
-    for key in ("task_name", "max_eval_samples"):
+    for key in ("task_name", "dataset_name", "dataset_config", "eval_split", "max_eval_samples"):
         here, there = own["recipe"].get(key), run["recipe"].get(key)
         if here != there:
             raise ValueError(
@@ -172,7 +172,7 @@ def eval_results(run: Mapping[str, Any], mode: str, task: str, data: Scored) -> 
     """One structured result a metric; with several splits the Trainer puts `matched_` and the like before each."""
     results = []
     # What it takes to score the model again.
-    read = {"columns": run.get("columns"), "max_length": run.get("max_length")}
+    read = {key: run.get(key) for key in ("columns", "label_column", "max_length")}
     read["first_rows"] = run["recipe"].get("max_eval_samples")
     for key, value in _metrics(scored_row(run, mode)).items():
         part, metric = split_key(key, run.get("parts", ()))

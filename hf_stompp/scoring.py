@@ -1,4 +1,5 @@
-"""Scoring a text classifier as the recipes do: the data of a split, the model's predictions, an `evaluate` metric.
+"""Scoring a classifier of texts or images as the recipes do: the data of a split, the model's predictions, an
+`evaluate` metric.
 
 `datasets` and `evaluate` are imported where they are used: they come with the extra `recipes`.
 """
@@ -8,18 +9,19 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from hf_stompp.results import METRICS, hub_id
 
 _BATCH_SIZE = 32
+_TASKS = ("text-classification", "image-classification")
 # `evaluate` runs what it loads: without the caller's word only these of its own, whatever else a card names.
 _MODULES = sorted({"glue", *METRICS.values()} - {"loss"})
 
@@ -86,21 +88,33 @@ def decide(logits: Any) -> Any:
     return logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
 
 
+Encode = Callable[[Mapping[str, list]], Mapping[str, torch.Tensor]]
+
+
+def text_encoder(folder: Path, columns: Sequence[str], max_length: int | None) -> Encode:
+    """Rows → the inputs of a model of texts, by the tokenizer in a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+    def encode(rows: Mapping[str, list]) -> Mapping[str, torch.Tensor]:
+        texts = [list(rows[column]) for column in columns]
+        return tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+
+    return encode
+
+
+def image_encoder(folder: Path, column: str) -> Encode:
+    """Rows → the inputs of a model of images, by the image processor in a folder."""
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return lambda rows: processor([image.convert("RGB") for image in rows[column]], return_tensors="pt")
+
+
 @torch.no_grad()
-def predict(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Any,
-    columns: Sequence[str],
-    max_length: int | None,
-) -> list[float]:
-    """What a classifier (or regression) decides on each row, from its text `columns`; with a progress bar."""
+def predict(model: PreTrainedModel, encode: Encode, rows: Any) -> list[float]:
+    """What a classifier (or regression) decides on each row; with a progress bar."""
     predictions: list[float] = []
     accepted = inspect.signature(model.forward).parameters  # as the Trainer does: not all models take token types
     for start in logging.tqdm(range(0, len(rows), _BATCH_SIZE), desc="Scoring"):
-        batch = rows[start : start + _BATCH_SIZE]
-        texts = [list(batch[column]) for column in columns]
-        inputs = tokenizer(*texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        inputs = encode(rows[start : start + _BATCH_SIZE])
         known = {name: tensor for name, tensor in inputs.items() if name in accepted}
         predictions += decide(model(**known).logits.float()).tolist()
     return predictions
@@ -125,7 +139,7 @@ class Scorer:
 
     Args:
         model (`PreTrainedModel`): The model.
-        folder (`Path`): Where its tokenizer is.
+        folder (`Path`): Where its tokenizer or image processor is.
         dataset_dir (`str` or `Path`, *optional*): As in [`read_split`].
         metric (`str`, *optional*): An `evaluate` module instead of the one that the result names.
     """
@@ -138,8 +152,8 @@ class Scorer:
 
     def unfit(self, result: EvalResult) -> str:
         """Why a result cannot be checked; empty if it can."""
-        if result.task_type != "text-classification":
-            return f"scores of {result.task_type} are not checked, only those of text-classification"
+        if result.task_type not in _TASKS:
+            return f"scores of {result.task_type} are not checked, only those of {' and '.join(_TASKS)}"
         if getattr(self.model.config, "problem_type", None) == "multi_label_classification":
             return "the model gives several labels to a text, and only one is checked"
         # The Trainer's own cards have a string there.
@@ -190,8 +204,11 @@ class Scorer:
             split = result.dataset_split or "validation"
             rows = read_split(result.dataset_type, result.dataset_config, split, self.dataset_dir)
             rows = rows.select(range(min(arguments.get("first_rows", len(rows)), len(rows))))
-            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
-            columns, max_length = arguments["columns"], arguments.get("max_length")
-            predictions = predict(self.model, tokenizer, rows, columns, max_length)
-            self.predicted[key] = predictions, list(rows["label"])
+            columns = arguments["columns"]
+            if result.task_type == "image-classification":
+                encode = image_encoder(self.folder, columns[0])
+            else:
+                encode = text_encoder(self.folder, columns, arguments.get("max_length"))
+            labels = list(rows[arguments.get("label_column", "label")])
+            self.predicted[key] = predict(self.model, encode, rows), labels
         return self.predicted[key]

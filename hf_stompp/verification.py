@@ -295,6 +295,8 @@ def _check_same_config(here: Mapping[str, Any], again: Mapping[str, Any]) -> Non
     if here.get("transformers_version", transformers.__version__) != transformers.__version__:
         # Another version has other fields, and other defaults.
         here, again = {_QUANTIZATION: here[_QUANTIZATION]}, {_QUANTIZATION: again[_QUANTIZATION]}
+    if "use_cache" not in again:  # the Trainer writes it into any config, and some take it for none of theirs
+        here = {key: value for key, value in here.items() if key != "use_cache"}
     before, after = dict(_leaves(here)), dict(_leaves(again))
     for key in sorted(before.keys() | after.keys()):
         values = [json.dumps(leaves[key]) if key in leaves else "nothing" for leaves in (before, after)]
@@ -333,7 +335,9 @@ def _check_module(
     expected: dict[str, Any] = {"unit": unit, "bits": 1} if "unit" in entry else {"bits": config.embedding_bits}
     if "bits" not in entry:
         sign = None if levels is None else "unsigned" if levels.flatten()[0] == 0 else "signed"
-        expected = {"unit": unit, "levels": sign}
+        expected = {"unit": unit, "levels": sign} | {
+            k: v for k, v in entry.items() if k == "shape"
+        }  # loading checks it
         if config.activations != (levels is not None):
             raise ValueError(f"{_QUANTIZATION} has activations={config.activations}, but {name} is not like that.")
     if json.dumps(entry, sort_keys=True) != json.dumps(expected, sort_keys=True):

@@ -31,6 +31,8 @@ NOT_DEFAULT = {
     "learn_activation_scale": False,
     "learn_activation_shift": False,
     "replace_gelu": True,
+    "replace_relu": True,
+    "bireal_shortcuts": True,
     "pooler": True,
     "embeddings": True,
     "embedding_bits": 8,
@@ -50,6 +52,8 @@ BOOLS = [
     "learn_activation_scale",
     "learn_activation_shift",
     "replace_gelu",
+    "replace_relu",
+    "bireal_shortcuts",
     "pooler",
     "embeddings",
 ]
@@ -270,7 +274,7 @@ def test_no_clip_survives_json() -> None:
 def test_it_is_a_dict_of_its_fields() -> None:
     config = filled_config()
     assert dict(config) == config.to_dict()
-    assert set(dict(config)) == set(INIT_FIELDS) | {"quant_method", "modules"}
+    assert set(dict(config)) == set(INIT_FIELDS) | {"quant_method", "modules", "folded"}
 
 
 def test_to_dict_is_a_copy() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack
 from hf_stompp.patching import binary_layers
@@ -56,8 +57,33 @@ def test_the_reader_on_the_page_decodes_the_trained_weights(
         assert np.array_equal(floats[name], packed.get_parameter(name).detach().numpy())
 
 
+@pytest.fixture
+def tiny_resnet() -> ResNetForImageClassification:
+    """Latent, fully frozen; its kernels have a number of weights that is no multiple of eight."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = ResNetConfig(embedding_size=6, hidden_sizes=[6, 10], depths=[1, 1], layer_type="basic")
+        latent = binarize(ResNetForImageClassification(config).eval(), BinarizationConfig())
+        calibrate(latent, {"pixel_values": torch.randn(2, 3, 40, 40)})
+    for layer in binary_layers(latent).values():
+        layer.set_frozen(1.0, step=1)
+        layer.register_parameter("bias", torch.nn.Parameter(torch.ones(layer.out_channels)))
+    return latent
+
+
+def test_the_reader_on_the_page_decodes_the_kernels_of_convolutions(
+    tiny_resnet: ResNetForImageClassification, tmp_path: Path
+) -> None:
+    pack(tiny_resnet, fold_batch_norm=False).save_pretrained(tmp_path / "packed")
+    floats = read_with_the_page(tmp_path / "packed", tmp_path / "floats.npz")
+    for name, layer in binary_layers(tiny_resnet).items():
+        w = layer.weight.detach().double().numpy()
+        expected = np.abs(w).mean(axis=(1, 2, 3), keepdims=True) * np.where(w >= 0, 1.0, -1.0)
+        np.testing.assert_allclose(floats[f"{name}.weight"], expected, rtol=1e-6)
+
+
 def test_the_tables_on_the_page_are_the_tensors_of_the_file(
-    tiny_model: Callable, tiny_batch: Callable, tmp_path: Path
+    tiny_model: Callable, tiny_batch: Callable, tiny_resnet: ResNetForImageClassification, tmp_path: Path
 ) -> None:
     latent = binarize(tiny_model("bert"), BinarizationConfig(embedding_bits=4))
     calibrate(latent, tiny_batch())
@@ -65,9 +91,13 @@ def test_the_tables_on_the_page_are_the_tensors_of_the_file(
         layer.set_frozen(1.0, step=1)
     pack(latent).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    linear, table = PAGE.read_text(encoding="utf-8").split("## Tensors")[1].split("An **embedding table**")
+    pack(tiny_resnet).save_pretrained(tmp_path / "resnet")
+    tensors |= load_file(tmp_path / "resnet" / "model.safetensors")
+    linear, others = PAGE.read_text(encoding="utf-8").split("## Tensors")[1].split("A **convolution**")
+    convolution, table = others.split("An **embedding table**")
     for text, module in (
         (linear, "bert.encoder.layer.0.output.dense"),
+        (convolution, "resnet.encoder.stages.1.layers.0.layer.0.convolution"),
         (table.split("## Bits")[0], "bert.embeddings.word_embeddings"),
     ):
         rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]

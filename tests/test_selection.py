@@ -16,7 +16,8 @@ from transformers import (
 )
 
 from hf_stompp import BinarizationConfig
-from hf_stompp.selection import LayerPlan, activations_feeding, select
+from hf_stompp.selection import LayerPlan, select
+from hf_stompp.tracing import activations_feeding
 
 ModelFactory = Callable[..., PreTrainedModel]
 

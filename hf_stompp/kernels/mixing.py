@@ -25,21 +25,28 @@ _NO_MASK = np.zeros((1, 1), dtype=np.bool_)
 
 def fits(x: Tensor, scale: Tensor, mask: Tensor | bool) -> bool:
     """Whether the kernels cover these arguments: float32 on a CPU, one scale or one for each row, a mask of the shape
-    of `x` or of its last axis."""
+    of `x`, of its last axis, or of the channels of images."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if x.dtype != torch.float32 or scale.dtype != torch.float32 or not x.is_contiguous() or x.numel() < _LARGE:
+    if x.dtype != torch.float32 or scale.dtype != torch.float32 or x.numel() < _LARGE:
+        return False
+    if not x.is_contiguous() and not _channels_last(x):
         return False
     per_row = x.dim() == 2 and scale.shape == (x.shape[0], 1) and not scale.requires_grad
     if scale.numel() != 1 and not per_row:
         return False
-    return isinstance(mask, bool) or (mask.shape in (x.shape, x.shape[-1:]) and mask.is_contiguous())
+    if isinstance(mask, bool):
+        return True
+    of_channels = x.dim() == 4 and mask.shape == (x.shape[1], 1, 1)
+    of_entries = mask.shape in (x.shape, x.shape[-1:]) and not _channels_last(x)
+    return mask.is_contiguous() and (of_channels or of_entries)
 
 
 def forward(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool) -> Tensor:
     """x̂, of the shape of `x`."""
     out = torch.empty_like(x)
-    _on_rows(_forward, *_arrays(x, scale, mask), _rows(out), clip=_clip(clip), mode=_mode(mask), unsigned=unsigned)
+    arrays = *_arrays(x, scale, mask), _rows(out)
+    _on_rows(_forward, *arrays, clip=_clip(clip), mode=_mode(mask), unsigned=unsigned)
     return out
 
 
@@ -54,8 +61,10 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `x` and of the scale, which is right if there is one, and to be left alone if one a row."""
     out = torch.empty_like(x)
-    sums = np.empty(x.numel() // x.shape[-1], dtype=np.float64)
-    arrays = _rows(grad.contiguous()), *_arrays(x, scale, mask), _rows(out), sums
+    rows, scales, masks = _arrays(x, scale, mask)
+    sums = np.empty(len(rows), dtype=np.float64)
+    order = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    arrays = _rows(grad.contiguous(memory_format=order)), rows, scales, masks, _rows(out), sums
     _on_rows(_backward, *arrays, clip=_clip(clip), mode=_mode(mask), unsigned=unsigned, ste=ste)
     return out, torch.full_like(scale, sums.sum())
 
@@ -85,14 +94,30 @@ def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -
     list(_pool().map(block, ends[:-1], ends[1:]))
 
 
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 def _rows(x: Tensor) -> np.ndarray:
-    return x.detach().view(-1, x.shape[-1]).numpy()
+    """In the order of the memory: an image is a row, or each pixel of it where the channels are last."""
+    x = x.detach()
+    if _channels_last(x):
+        return x.permute(0, 2, 3, 1).view(-1, x.shape[1]).numpy()
+    return x.view(-1, x.shape[-1] if x.dim() < 4 else x[0].numel()).numpy()
 
 
 def _arrays(x: Tensor, scale: Tensor, mask: Tensor | bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows of `x`, scales, rows of the mask."""
-    masks = _NO_MASK if isinstance(mask, bool) else _rows(mask)
-    return _rows(x), scale.detach().reshape(-1).numpy(), masks
+    rows = _rows(x)
+    if isinstance(mask, bool):
+        masks = _NO_MASK
+    elif mask.shape == x.shape:
+        masks = _rows(mask)
+    elif x.dim() < 4 or _channels_last(x):
+        masks = mask.view(1, -1).numpy()
+    else:
+        masks = mask.expand(x.shape[1:]).reshape(1, -1).numpy()
+    return rows, scale.detach().reshape(-1).numpy(), masks
 
 
 def _mode(mask: Tensor | bool) -> int:

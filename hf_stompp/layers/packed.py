@@ -1,4 +1,4 @@
-"""The packed layer: one bit a weight, a scale for each output, and no latent weights; and its float counterpart."""
+"""Packed layers: one bit a weight, a scale for each output, and no latent weights; and their float counterparts."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -8,20 +8,35 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hf_stompp.functional import activation_threshold, weight_scale
-from hf_stompp.layers.binary import BinaryLinear
+from hf_stompp.layers.binary import (
+    CONV_ATTRIBUTES,
+    LINEAR_ATTRIBUTES,
+    BinaryConv2d,
+    BinaryLayer,
+    BinaryLinear,
+    shaped_as,
+)
 from hf_stompp.packing import pack_signs, packed_length, unpack_signs
 
 
-def _binary_input(input: Tensor, threshold: Tensor, levels: Tensor) -> Tensor:
-    """The upper level where an input is at or above its threshold, else the lower, in the dtype of the input."""
-    low, high = levels.unbind()
-    return torch.where(input >= threshold, high, low).to(input.dtype)
-
-
-class _ExactLinear(nn.Linear):
-    """A linear layer whose buffers stay in float32 when the model is cast: they decide on bits."""
+class ExactLayer(nn.Module):
+    """A layer whose buffers stay in float32 when the model is cast: they decide on bits."""
 
     FULL_PRECISION: ClassVar[tuple[str, ...]]
+    ATTRIBUTES: ClassVar[tuple[str, ...]]
+    FEATURE_AXIS: ClassVar[int]
+    """Which axis of the input the features are."""
+
+    activation_threshold: Tensor | None
+    activation_levels: Tensor | None
+
+    def binary_input(self, input: Tensor) -> Tensor:
+        """The upper level where an input is at or above its threshold, else the lower, in the dtype of the input."""
+        if self.activation_threshold is None or self.activation_levels is None:
+            return input
+        low, high = self.activation_levels.unbind()
+        threshold = self.activation_threshold.view(-1, *(1,) * (-1 - self.FEATURE_AXIS))
+        return torch.where(input >= threshold, high, low).to(input.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         exact = {name: getattr(self, name) for name in self.FULL_PRECISION}
@@ -32,108 +47,210 @@ class _ExactLinear(nn.Linear):
         return self
 
 
-class PackedLinear(_ExactLinear):
-    r"""A 1-bit linear layer: \\(y = \hat x \, (s \odot \operatorname{bits}(w))^\top + b\\).
+class PackedLayer(ExactLayer):
+    r"""A 1-bit layer: what [`PackedLinear`] and [`PackedConv2d`] share.
 
-    It *is* an `nn.Linear` whose `weight` is the bits, so that a loader without this package fails on the shape instead
-    of filling in random weights, and so that PEFT finds it.
+    It *is* an `nn.Linear` or `nn.Conv2d` whose `weight` is the bits, so that a loader without this package fails on
+    the shape instead of filling in random weights, and so that PEFT finds it.
 
     Attributes:
-        weight (`Parameter`): uint8 `[out_features, ceil(in_features / 8)]`, as [`~hf_stompp.packing.pack_signs`].
-        weight_scale (`Tensor`): float32 `[out_features]`.
-        activation_threshold (`Tensor`, *optional*): float32 `[in_features]`; an input at or above it is the upper
-            level, one below it the lower. Absent if the inputs are not binary.
+        weight (`Parameter`): uint8 `[outputs, ceil(K / 8)]`, the K signs of an output's weight as
+            [`~hf_stompp.packing.pack_signs`].
+        weight_scale (`Tensor`): float32 `[outputs]`.
+        activation_threshold (`Tensor`, *optional*): float32, one for each input feature; an input at or above it is
+            the upper level, one below it the lower. Absent if the inputs are not binary.
         activation_levels (`Tensor`, *optional*): float32 `[2]`, the lower and the upper level: (-γ, γ) or (0, γ).
     """
 
-    weight_scale: Tensor
-    activation_threshold: Tensor | None
-    activation_levels: Tensor | None
     FULL_PRECISION: ClassVar = ("weight_scale", "activation_threshold", "activation_levels")
+    FLOAT: ClassVar[type[nn.Module]]
+    """The full-precision layer."""
+
+    weight: Any
+    bias: Any
+    weight_scale: Tensor
 
     @classmethod
-    def empty(cls, linear: nn.Linear, binary_input: bool) -> Self:
-        """A layer of the shape of `linear`, on its device, whose tensors are still to be filled in."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.train(linear.training)
-        device = linear.weight.device
-        float32: dict[str, Any] = {"dtype": torch.float32, "device": device}  # also where the default is another
-        bits = torch.zeros(layer.out_features, packed_length(layer.in_features), dtype=torch.uint8, device=device)
-        layer.weight = nn.Parameter(bits, requires_grad=False)
-        layer.register_parameter("bias", linear.bias)
-        layer.register_buffer("weight_scale", torch.ones(layer.out_features, **float32))
-        threshold = torch.zeros(layer.in_features, **float32) if binary_input else None
-        layer.register_buffer("activation_threshold", threshold)
-        layer.register_buffer("activation_levels", torch.ones(2, **float32) if binary_input else None)
-        return layer
+    def empty(cls, layer: Any, binary_input: bool) -> Self:
+        """A layer of the shape of `layer`, on its device, whose tensors are still to be filled in."""
+        packed = shaped_as(layer, cls, cls.ATTRIBUTES)
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": layer.weight.device}  # also if default is another
+        outputs, features = packed.outputs, packed.input_features
+        shape = outputs, packed_length(packed.row_length)
+        bits = torch.zeros(shape, dtype=torch.uint8, device=layer.weight.device)
+        packed.weight = nn.Parameter(bits, requires_grad=False)
+        packed.register_parameter("bias", layer.bias)
+        packed.register_buffer("weight_scale", torch.ones(outputs, **float32))
+        packed.register_buffer("activation_threshold", torch.zeros(features, **float32) if binary_input else None)
+        packed.register_buffer("activation_levels", torch.ones(2, **float32) if binary_input else None)
+        return packed
 
     @classmethod
     @torch.no_grad()
-    def from_binary(cls, layer: BinaryLinear) -> Self:
+    def from_binary(cls, layer: BinaryLayer) -> Self:
         """Packs a latent layer, taking every entry as frozen."""
         packed = cls.empty(layer, binary_input=layer.activation_scale is not None)
         if layer.bias is not None:
             packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
-        packed.weight.copy_(pack_signs(layer.weight))
+        packed.weight.copy_(pack_signs(cls._as_rows(layer.weight)))
         packed.weight_scale.copy_(weight_scale(layer.weight, layer.config.scale).flatten())
         if layer.activation_scale is not None and packed.activation_threshold is not None:
             assert packed.activation_levels is not None
             scale = layer.positive_scale()
             threshold = activation_threshold(scale, layer.activation_shift, layer.unsigned)
-            packed.activation_threshold.copy_(threshold.expand(layer.in_features))
+            packed.activation_threshold.copy_(threshold.expand(layer.input_features))
             packed.activation_levels.copy_(torch.cat([torch.zeros_like(scale) if layer.unsigned else -scale, scale]))
         return packed
 
     @torch.no_grad()
-    def to_float(self) -> nn.Linear:
-        """The `nn.Linear` with the same full-precision weight; it does not binarize its input."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.dequantized_weight())
-        linear.bias = self.bias
-        return linear.train(self.training)
+    def to_float(self) -> Any:
+        """The full-precision layer with the same weight; it does not binarize its input."""
+        layer = shaped_as(self, self.FLOAT, self.ATTRIBUTES)
+        layer.register_parameter("weight", nn.Parameter(self.dequantized_weight()))
+        layer.register_parameter("bias", self.bias)
+        return layer
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight that the bits and scales stand for: `[out_features, in_features]`, rounded to `dtype`."""
+        """The weight that the bits and scales stand for, in the shape of the full-precision one, rounded to
+        `dtype`."""
         # In place and at once in `dtype`, which gives the same values: every forward makes this weight, and what the
         # allocator keeps of its copies would be several times the packed model.
-        return unpack_signs(self.weight, self.in_features, dtype).mul_(self.weight_scale.to(dtype).unsqueeze(1))
+        rows = unpack_signs(self.weight, self.row_length, dtype).mul_(self.weight_scale.to(dtype).unsqueeze(1))
+        return self._from_rows(rows)
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight = self.dequantized_weight(input.dtype)
-        if self.activation_threshold is not None and self.activation_levels is not None:
-            input = _binary_input(input, self.activation_threshold, self.activation_levels)
-        return nn.functional.linear(input, weight, self.bias)
+    @property
+    def outputs(self) -> int:
+        """How many outputs the layer has, each with its row of bits."""
+        raise NotImplementedError
+
+    @property
+    def input_features(self) -> int:
+        """How many features the input has."""
+        raise NotImplementedError
+
+    @property
+    def row_length(self) -> int:
+        """K, how many weights an output has."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        """The weights of each output in the order of their bits, `[outputs, K]`."""
+        raise NotImplementedError
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of `_as_rows`."""
+        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_bits=1, input_bits={32 if self.activation_threshold is None else 1}"
 
 
-class BinaryInputLinear(_ExactLinear):
-    """What `dequantize()` makes of a [`PackedLinear`] with binary inputs: the same outputs from a float weight.
+class PackedLinear(PackedLayer, nn.Linear):
+    r"""The 1-bit linear layer: \\(y = \hat x \, (s \odot \operatorname{bits}(w))^\top + b\\). See [`PackedLayer`]."""
 
-    A plain `nn.Linear` would see the inputs that the packed layer does not: it would be another model. All it takes is
-    a comparison and a selection, which every exporter knows.
+    FLOAT: ClassVar = nn.Linear
+    ATTRIBUTES: ClassVar = LINEAR_ATTRIBUTES
+    FEATURE_AXIS: ClassVar = BinaryLinear.FEATURE_AXIS
+
+    @property
+    def outputs(self) -> int:
+        return self.out_features
+
+    @property
+    def input_features(self) -> int:
+        return self.in_features
+
+    @property
+    def row_length(self) -> int:
+        return self.in_features
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        return weight
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
+
+
+class PackedConv2d(PackedLayer, nn.Conv2d):
+    r"""The 1-bit convolution: \\(y = \hat x * (s \odot \operatorname{bits}(w)) + b\\).
+
+    The bits of an output are in the order (kernel row, kernel column, input channel of the group), so that a kernel
+    finds the channels of one pixel side by side. A bit cannot be 0, and zero padding is not made of bits: a position
+    outside of the image has no level and takes no part in the sum. See [`PackedLayer`].
     """
 
-    activation_threshold: Tensor
-    activation_levels: Tensor
+    FLOAT: ClassVar = nn.Conv2d
+    ATTRIBUTES: ClassVar = CONV_ATTRIBUTES
+    FEATURE_AXIS: ClassVar = BinaryConv2d.FEATURE_AXIS
+
+    @property
+    def outputs(self) -> int:
+        return self.out_channels
+
+    @property
+    def input_features(self) -> int:
+        return self.in_channels
+
+    @property
+    def row_length(self) -> int:
+        return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    @staticmethod
+    def _as_rows(weight: Tensor) -> Tensor:
+        return weight.permute(0, 2, 3, 1).flatten(1)
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        shape = (self.out_channels, *self.kernel_size, self.in_channels // self.groups)
+        return rows.view(shape).permute(0, 3, 1, 2)
+
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        # In the memory order of a latent weight: another one may sum in another order. `contiguous()` would leave a
+        # 1x1 kernel as it is, whose strides say "channels last".
+        return super().dequantized_weight(dtype).clone(memory_format=torch.contiguous_format)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
+
+
+class BinaryInput(ExactLayer):
+    """What `dequantize()` makes of a [`PackedLayer`] with binary inputs: the same outputs from a float weight.
+
+    A plain layer would see the inputs that the packed one does not: it would be another model. All it takes is a
+    comparison and a selection, which every exporter knows.
+    """
+
     FULL_PRECISION: ClassVar = ("activation_threshold", "activation_levels")
 
     @classmethod
-    def from_packed(cls, layer: PackedLinear) -> Self:
-        assert layer.activation_threshold is not None and layer.activation_levels is not None
-        linear = cls.__new__(cls)
-        nn.Module.__init__(linear)
-        linear.in_features, linear.out_features = layer.in_features, layer.out_features
-        linear.train(layer.training)
-        linear.weight = nn.Parameter(layer.dequantized_weight())
-        linear.register_parameter("bias", layer.bias)
-        linear.register_buffer("activation_threshold", layer.activation_threshold)
-        linear.register_buffer("activation_levels", layer.activation_levels)
-        return linear
+    def from_packed(cls, packed: PackedLayer) -> Self:
+        layer = shaped_as(packed, cls, cls.ATTRIBUTES)
+        layer.weight = nn.Parameter(packed.dequantized_weight())
+        layer.register_parameter("bias", packed.bias)
+        layer.register_buffer("activation_threshold", packed.activation_threshold)
+        layer.register_buffer("activation_levels", packed.activation_levels)
+        return layer
+
+
+class BinaryInputLinear(BinaryInput, nn.Linear):
+    """The dequantized [`PackedLinear`] with binary inputs: see [`BinaryInput`]."""
+
+    ATTRIBUTES: ClassVar = PackedLinear.ATTRIBUTES
+    FEATURE_AXIS: ClassVar = PackedLinear.FEATURE_AXIS
 
     def forward(self, input: Tensor) -> Tensor:
-        input = _binary_input(input, self.activation_threshold, self.activation_levels)
-        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
+        return nn.functional.linear(self.binary_input(input), self.weight.to(input.dtype), self.bias)
+
+
+class BinaryInputConv2d(BinaryInput, nn.Conv2d):
+    """The dequantized [`PackedConv2d`] with binary inputs: see [`BinaryInput`]."""
+
+    ATTRIBUTES: ClassVar = PackedConv2d.ATTRIBUTES
+    FEATURE_AXIS: ClassVar = PackedConv2d.FEATURE_AXIS
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.binary_input(input), self.weight.to(input.dtype), self.bias)

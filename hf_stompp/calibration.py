@@ -1,0 +1,123 @@
+"""`calibrate`: activation scales and shifts from real inputs."""
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+from hf_stompp.layers import BinaryConv2d, BinaryLayer
+from hf_stompp.patching import binary_layers
+from hf_stompp.tracing import norms_after
+
+
+@torch.no_grad()
+def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
+    r"""Sets the activation scales (and shifts) of a binarized model from one batch of its real input.
+
+    Each layer is set just before it runs, so it sees what its upstream layers really give under the present masks.
+    Signed: \\(β_k = \operatorname{mean}(x_k)\\) if the shift is learned, and \\(γ = \operatorname{mean}|x - β|\\), the
+    least-squares scale. What the shift takes from the layer's output, \\(β \hat w^\top\\), goes into the bias, or out
+    of the running mean of the batch norm that follows; a layer with neither keeps its shift. Around an image, padding
+    stands for the mean from then on.
+    Unsigned: \\(γ = \operatorname{mean}(x \mid x \ge γ/2)\\), by fixed-point iteration, the least-squares level.
+
+    Padding, by the batch's `attention_mask`, does not count. Batch norms take the statistics of the batch, as they do
+    in training, and keep their own. A layer that is executed several times, as ALBERT's are,
+    keeps what it saw last. [`StomppCallback`] calls it at the start of the training of a model that has not been
+    calibrated, and for each unit when its window begins: what the unit is given then comes out of binary layers, and
+    is no longer what it was. Call it yourself in a training loop of your own, or for a training set that is a stream.
+
+    Args:
+        model (`PreTrainedModel`): A binarized model.
+        batch (`Mapping`): Keyword arguments of its `forward`, on its device.
+        units (`Collection[int]`, *optional*): Set the layers of these units alone; by default of all.
+
+    Raises:
+        ValueError: The model is not binarized.
+    """
+    if not binary_layers(model):
+        raise ValueError(
+            f"calibrate takes a binarized model, but this {type(model).__name__} is not; binarize it first."
+        )
+    mask = batch.get("attention_mask")
+    norms = norms_after(model)
+
+    def hook(name: str, layer: BinaryLayer, args: tuple[Tensor, ...]) -> None:
+        x = args[0].detach().float()
+        if mask is not None and x.shape[:-1] == mask.shape:
+            x = x[mask.bool()]
+        norm: Any = model.get_submodule(norms[name]) if name in norms else None
+        _calibrate_layer(layer, x.movedim(layer.FEATURE_AXIS, -1).reshape(-1, layer.input_features), norm)
+
+    layers = {
+        name: layer
+        for name, layer in binary_layers(model).items()
+        if isinstance(layer, BinaryLayer)
+        and layer.activation_scale is not None
+        and (units is None or layer.unit in units)
+    }
+    if not layers:  # a unit of tables
+        return
+    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+    training = model.training
+    try:
+        with _batch_statistics(model.eval()):
+            model(**batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms take the statistics of their batch, and leave their running ones alone."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False
+        yield
+    finally:
+        for norm in norms:
+            norm.training, norm.track_running_stats = False, True
+
+
+def _calibrate_layer(layer: BinaryLayer, x: Tensor, norm: _BatchNorm | None) -> None:
+    """From its inputs `[tokens or pixels, features]`; `norm` is the batch norm that follows the layer."""
+    scale = layer.activation_scale
+    assert scale is not None
+    if layer.unsigned:
+        level = 2 * x.clamp(min=0).mean()
+        for _ in range(20):
+            above = x[x >= level / 2]
+            if above.numel() == 0:
+                break
+            level = above.mean()
+    else:
+        if layer.activation_shift is not None:
+            if layer.bias is not None or norm is not None:
+                _move_shift(layer, x.mean(dim=0), norm)
+            x = x - layer.activation_shift
+        level = x.abs().mean()
+    scale.fill_(level.item() or 1.0)
+    layer.calibrated.fill_(True)
+
+
+def _move_shift(layer: BinaryLayer, shift: Tensor, norm: _BatchNorm | None) -> None:
+    """Sets the shift, and gives what it takes from the outputs back to them."""
+    assert layer.activation_shift is not None
+    moved, weight = shift - layer.activation_shift, layer.effective_weight().float()
+    if isinstance(layer, BinaryConv2d):  # all pixels of the window alike; the channels of the group of each output
+        weight = weight.sum(dim=(2, 3))
+        moved = moved.view(layer.groups, 1, -1).expand(-1, len(weight) // layer.groups, -1).flatten(0, 1)
+    taken = (weight * moved).sum(dim=1)
+    if layer.bias is not None:
+        layer.bias.add_(taken)
+    elif norm is not None and norm.running_mean is not None:
+        norm.running_mean.sub_(taken)
+    layer.activation_shift.copy_(shift)
