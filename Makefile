@@ -19,7 +19,7 @@ STARTED := $(VENV)/.started
 PYTHONS  = $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3 python)
 USABLE  := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 
-.PHONY: help setup demo test check style bench-training bench-sizes clean
+.PHONY: help setup demo demo-vision test check style bench-training bench-sizes clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -29,6 +29,9 @@ setup: $(READY) ## install the package and its development tools into .venv
 
 demo: $(READY) ## train a tiny 1-bit BERT on a synthetic task, pack it, and compare the two
 	$(BIN)/python recipes/run_glue.py recipes/configs/demo.yaml
+
+demo-vision: $(READY) ## train a small 1-bit ResNet on handwritten digits, pack it, and compare the two
+	$(BIN)/python recipes/run_image_classification.py recipes/configs/digits.yaml
 
 test: $(READY) ## run the tests and the examples in docstrings
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)

@@ -5,20 +5,43 @@ import difflib
 import json
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import evaluate
 import numpy as np
 import torch
 import yaml
 from datasets import Dataset
-from transformers import HfArgumentParser, Trainer, TrainerState, TrainingArguments
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_stompp import BinarizationConfig, model_card, pack
 from hf_stompp.checkpoint import whole_folder
-from hf_stompp.results import training_facts
+from hf_stompp.results import result_row, training_facts
+from hf_stompp.scoring import decide
+
+
+@dataclass
+class CommonArguments:
+    """The flags of every recipe."""
+
+    dataset_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the data; without it they come from the Hub."}
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the pretrained model."}
+    )
+    binarize: bool = field(default=False, metadata={"help": "Binarize the model; without it, full precision."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate the first rows only."})
+    hub_metrics: bool = field(default=False, metadata={"help": "The Hub's metric module, not the one in metrics/."})
+    matmul_precision: Literal["highest", "high", "medium"] = field(
+        default="highest",
+        metadata={"help": "torch.set_float32_matmul_precision while training; medium is faster on CPUs with AMX."},
+    )
 
 
 def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, ...]:
@@ -72,6 +95,26 @@ def _as_flags(key: str, value: Any) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
+def read_mapping(flag: str, text: str | None) -> dict[str, Any]:
+    """The value of a flag that is a mapping in YAML, and JSON elsewhere.
+
+    Example:
+
+        >>> read_mapping("config_overrides", '{"depths": [2, 2]}')
+        {'depths': [2, 2]}
+    """
+    try:
+        values = json.loads(text or "{}")
+    except json.JSONDecodeError:
+        values = None
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{flag}: received {text!r}; allowed: a JSON object, as in --{flag} '{{\"name\": [1, 2]}}', or a mapping "
+            "in the YAML file."
+        )
+    return values
+
+
 def bucket_by_length(rows: Dataset, batch_size: int, seed: int) -> Dataset:
     """Order tokenized rows, for sequential sampling, so that a batch holds texts of like length and needs no padding.
 
@@ -95,6 +138,23 @@ def bucket_by_length(rows: Dataset, batch_size: int, seed: int) -> Dataset:
     batches = order[:whole].reshape(-1, batch_size)
     generator.shuffle(batches)
     return rows.select(np.concatenate([batches.ravel(), order[whole:]]))
+
+
+def refuse_best_checkpoint(args: TrainingArguments) -> None:
+    if args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end: received True; allowed: False. The final checkpoint is reported: the best of "
+            "many dev scores is biased, and one from before the end is not fully binary. Drop the flag."
+        )
+
+
+def metrics_of(
+    recipe: CommonArguments, name: str, config: str | None = None
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """What the Trainer scores with: the `evaluate` module `name`, of those in metrics/ or of the Hub."""
+    module = name if recipe.hub_metrics else str(Path(__file__).parent / "metrics" / name)
+    metric = evaluate.load(module, config, keep_in_memory=True)
+    return lambda output: metric.compute(predictions=decide(output.predictions), references=output.label_ids)
 
 
 def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
@@ -147,6 +207,17 @@ def _refuse_finished(output_dir: str, checkpoint: str) -> None:
         )
 
 
+def score(trainer: Trainer, config: BinarizationConfig | None, auto_class: Any) -> tuple[list[dict[str, Any]], Path]:
+    """The rows of the result table, and the folder of the last model in it: of a binarized one its packed copy."""
+    folder = Path(trainer.args.output_dir)
+    rows = [result_row("latent fp32" if config else "full precision", trainer.evaluate(), folder)]
+    if config and config.weights and not config.never_freezes:
+        folder = folder / "packed"
+        pack_and_reload(trainer, folder, auto_class)
+        rows.append(result_row("packed, reloaded", trainer.evaluate(), folder))
+    return rows, folder
+
+
 def pack_and_reload(trainer: Trainer, folder: Path, auto_class: Any) -> None:
     """Save the packed model in `folder`, and go on with it as any user will: `auto_class.from_pretrained(folder)`.
 
@@ -180,7 +251,9 @@ def describe(recipe: Any, config: BinarizationConfig | None, args: TrainingArgum
     return {"recipe": vars(recipe), **training_facts(args, config)}
 
 
-def report(results: dict[str, Any], folder: Path, dataset: str | None, command: Sequence[str]) -> None:
+def report(
+    results: dict[str, Any], folder: Path, dataset: str | None, command: Sequence[str], split: str = "validation"
+) -> None:
     """Write `results.json`, print its rows, and write the model card of the packed model, if there is one.
 
     Args:
@@ -188,6 +261,7 @@ def report(results: dict[str, Any], folder: Path, dataset: str | None, command: 
         folder: Its `output_dir`.
         dataset: Hub id of the data.
         command: The script and its flags; local paths are left out of the card.
+        split: What was scored.
     """
     write_json(folder / "results.json", results)
     print(format_table(results["rows"]))
@@ -196,7 +270,12 @@ def report(results: dict[str, Any], folder: Path, dataset: str | None, command: 
         source = results["recipe"]["model_name_or_path"]
         base_model = None if source is None or Path(source).exists() else source
         card = model_card(
-            packed, results=results, dataset=dataset, base_model=base_model, command=publishable(command)
+            packed,
+            results=results,
+            dataset=dataset,
+            split=split,
+            base_model=base_model,
+            command=publishable(command),
         )
         card.save(packed / "README.md")
 

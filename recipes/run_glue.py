@@ -11,18 +11,16 @@ SST-2 from the Hub, W1A1 by StoMPP; every YAML key is a flag, and a flag overrid
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import evaluate
 from datasets import DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -34,13 +32,22 @@ from transformers import (
 import synthetic
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
-from hf_stompp.results import result_row
 from hf_stompp.scoring import decide
-from recipe_utils import bucket_by_length, describe, pack_and_reload, parse_recipe, report, train
+from recipe_utils import (
+    CommonArguments,
+    bucket_by_length,
+    describe,
+    metrics_of,
+    parse_recipe,
+    refuse_best_checkpoint,
+    report,
+    score,
+    train,
+)
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(CommonArguments):
     task_name: str | None = field(default=None, metadata={"help": "A GLUE task, as sst2, or synthetic, the demo."})
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder of parquet files; without it nyu-mll/glue from the Hub."}
@@ -48,12 +55,8 @@ class RecipeArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the model; synthetic makes a tiny BERT without one."}
     )
-    binarize: bool = field(default=False, metadata={"help": "Binarize the model; without it, full precision."})
     max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut; padding is per batch."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate the first rows only."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first test rows only."})
-    hub_metrics: bool = field(default=False, metadata={"help": "The Hub's metric module, not the one in metrics/."})
     dropout: float | None = field(
         default=None, metadata={"help": "Hidden and attention dropout; without it the model's own."}
     )
@@ -62,10 +65,6 @@ class RecipeArguments:
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, …; on a CPU eager is faster for short texts."}
-    )
-    matmul_precision: Literal["highest", "high", "medium"] = field(
-        default="highest",
-        metadata={"help": "torch.set_float32_matmul_precision while training; medium is faster on CPUs with AMX."},
     )
 
 
@@ -90,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         train_dataset=data["train"],
         eval_dataset=evaluation_data(data, task),
         processing_class=tokenizer,
-        compute_metrics=metrics_of(recipe, task),
+        compute_metrics=metrics_of(recipe, "glue", metric_config(recipe)),
         callbacks=[StomppCallback()] if recipe.binarize else None,
     )
     if recipe.binarize:
@@ -98,18 +97,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     training = train(trainer, recipe.matmul_precision)
     # Grouping by length also reorders what is evaluated: from here on rows keep the order of the data set.
     args.train_sampling_strategy = "sequential"
-    folder = Path(args.output_dir)
-    rows = [result_row("latent fp32" if recipe.binarize else "full precision", trainer.evaluate(), folder)]
-    if recipe.binarize and config.weights and not config.never_freezes:
-        folder = folder / "packed"
-        pack_and_reload(trainer, folder, AutoModelForSequenceClassification)
-        rows.append(result_row("packed, reloaded", trainer.evaluate(), folder))
+    binarization = config if recipe.binarize else None
+    rows, folder = score(trainer, binarization, AutoModelForSequenceClassification)
     if args.do_predict:
         for split in task.test:
             write_predictions(trainer, data[split], task, Path(args.output_dir) / f"predictions_{split}.tsv")
     # What `hf_stompp.verify` needs to score the model again.
     scoring = {"columns": list(task.columns), "max_length": max_length, "metric_config": metric_config(recipe)}
-    description = describe(recipe, config if recipe.binarize else None, args)
+    description = describe(recipe, binarization, args)
     results = {**description, **scoring, **training, "rows": rows}
     if trainer.is_world_process_zero():
         dataset = None if recipe.task_name == "synthetic" else HUB_ID
@@ -130,11 +125,7 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
             f"model_name_or_path: received None; {recipe.task_name} needs a Hub id or a folder of a pretrained model, "
             "as in --model_name_or_path google-bert/bert-base-uncased. Only synthetic makes its own."
         )
-    if args.load_best_model_at_end:
-        raise ValueError(
-            "load_best_model_at_end: received True; allowed: False. The final checkpoint is reported: the best of "
-            "many dev scores is biased, and one from before the end is not fully binary. Drop the flag."
-        )
+    refuse_best_checkpoint(args)
 
 
 def load_data(recipe: RecipeArguments, args: TrainingArguments) -> tuple[Task, DatasetDict]:
@@ -176,12 +167,6 @@ def evaluation_data(data: DatasetDict, task: Task) -> Any:
     if len(task.evaluation) == 1:
         return data[task.evaluation[0]]
     return {split.removeprefix("validation_"): data[split] for split in task.evaluation}
-
-
-def metrics_of(recipe: RecipeArguments, task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
-    module = "glue" if recipe.hub_metrics else str(Path(__file__).parent / "metrics" / "glue")
-    metric = evaluate.load(module, metric_config(recipe), keep_in_memory=True)
-    return lambda output: metric.compute(predictions=decide(output.predictions), references=output.label_ids)
 
 
 def metric_config(recipe: RecipeArguments) -> str | None:

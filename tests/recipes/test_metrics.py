@@ -1,4 +1,4 @@
-"""The GLUE metric module against formulae written here in numpy."""
+"""The metric modules, GLUE's against formulae written here in numpy."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ import pytest
 
 import glue_tasks
 
-MODULE = Path(glue_tasks.__file__).parent / "metrics" / "glue"
+METRICS = Path(glue_tasks.__file__).parent / "metrics"
+MODULE = METRICS / "glue"
 ACCURACY_ONLY = ["sst2", "mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "wnli"]
 
 
@@ -94,3 +95,12 @@ def test_hidden_labels_are_refused() -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="received no rows"):
         score("sst2", [], [])
+
+
+def test_plain_accuracy() -> None:
+    metric = evaluate.load(str(METRICS / "accuracy"), keep_in_memory=True)
+    assert metric.compute(predictions=[0, 1, 9, 3], references=[0, 1, 2, 0]) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="received no rows"):
+        metric.compute(predictions=[], references=[])
+    with pytest.raises(ValueError, match="the label -1; .* hidden labels: score another split"):
+        metric.compute(predictions=[0], references=[-1])

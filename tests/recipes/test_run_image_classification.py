@@ -1,0 +1,158 @@
+"""The image recipe from its flags to its results, on a few images and a tiny model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
+
+import run_image_classification as recipe
+from hf_stompp import BinarizationConfig
+from hf_stompp.layers import PackedConv2d
+from image_data import load_task
+from recipe_utils import parse_recipe
+
+CONFIGS = Path(recipe.__file__).parent / "configs"
+TINY = ["--model_type", "resnet", "--config_overrides"]
+TINY.append('{"layer_type": "basic", "depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8}')
+QUICK = (
+    "--do_train --max_steps 4 --per_device_train_batch_size 8 --learning_rate 1e-3 --save_strategy no "
+    "--max_train_samples 24 --max_eval_samples 16 --disable_tqdm True --dataloader_pin_memory False"
+).split()
+DIGITS = "--dataset_name digits --image_size 16 --augmentation crop".split()
+BINARY = "--binarize --progression global --progression_end 1".split()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Runs the recipe quickly; a later flag overrides an earlier one."""
+
+    def main(*flags: str, output: str = "out") -> dict[str, Any]:
+        return recipe.main([*QUICK, *flags, "--output_dir", str(tmp_path / output)])
+
+    return main
+
+
+def parse(*flags: str) -> recipe.RecipeArguments:
+    return parse_recipe(flags, (recipe.RecipeArguments, BinarizationConfig, TrainingArguments))[0]
+
+
+def test_binarized_run(run: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = run(*DIGITS, *TINY, *BINARY, "--seed", "5", "--mask_seed", "6")
+    assert results == json.loads((tmp_path / "out" / "results.json").read_text())
+    expected = {"seed": 5, "mask_seed": 6, "steps": 4, "columns": ["image"], "label_column": "label"}
+    assert results.items() >= expected.items()
+    assert results["recipe"]["dataset_name"] == "digits" and results["recipe"]["eval_split"] == "test"
+    latent, packed = results["rows"]
+    assert (latent["model"], packed["model"]) == ("latent fp32", "packed, reloaded")
+    assert latent["accuracy"] == packed["accuracy"]
+    assert packed["bytes"] < latent["bytes"]
+
+    folder = tmp_path / "out" / "packed"
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert sum(isinstance(module, PackedConv2d) for module in model.modules()) == 4
+    assert model.config.id2label == {code: str(code) for code in range(10)}
+    card = ModelCard.load(folder / "README.md")
+    (score,) = card.data.eval_results
+    assert (score.dataset_type, score.dataset_split, score.metric_value) == ("digits", "test", packed["accuracy"])
+    assert "python recipes/run_image_classification.py --do_train" in card.content
+    assert str(tmp_path) not in card.content
+    printed = capsys.readouterr().out
+    assert "| packed, reloaded |" in printed
+    assert "The first image, of class '" in printed.splitlines()[-1]
+
+
+def test_the_pipeline_scores_what_the_recipe_did(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """The image processor that is saved is the evaluation's."""
+    learning = "--max_steps 60 --max_train_samples 240 --max_eval_samples 40 --learning_rate 1e-2".split()
+    (row,) = run(*DIGITS, *TINY, *learning)["rows"]
+    rows = load_task("digits", limits=(1, 40)).evaluation
+    predicted = pipeline("image-classification", model=str(tmp_path / "out"))(rows["image"][:], top_k=1)
+    right = [answer[0]["label"] == str(label) for answer, label in zip(predicted, rows["label"], strict=True)]
+    assert row["model"] == "full precision"
+    assert sum(right) / 40 == pytest.approx(row["accuracy"])
+    assert row["accuracy"] > 0.3
+
+
+def test_resumed_run_ends_as_the_uninterrupted_one(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    # Five steps of an epoch of three: what was interrupted is in the middle of the second one.
+    flags = (*DIGITS, *TINY, *BINARY, "--augmentation", "crop_flip", "--max_steps", "5")
+    saving = ("--save_strategy", "steps", "--save_steps", "4")
+    whole = run(*flags, *saving, output="whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+    resumed = run(*flags, *saving, output="cut")
+    assert (whole["resumed_from"], resumed["resumed_from"]) == (None, str(tmp_path / "cut" / "checkpoint-4"))
+    for name in ("model.safetensors", "packed/model.safetensors"):
+        first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_cifar10(shared_data: Path, tmp_path: Path) -> None:
+    flags = ["--dataset_dir", str(shared_data / "cifar10"), *BINARY, "--channels_last", "--max_steps", "3"]
+    small = str(CONFIGS / "cifar10_resnet18_small.yaml")
+    results = recipe.main([small, *QUICK, *flags, "--output_dir", str(tmp_path / "out")])
+    assert results["columns"] == ["img"]
+    card = ModelCard.load(tmp_path / "out" / "packed" / "README.md")
+    assert card.data.datasets == "uoft-cs/cifar10"
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out" / "packed")
+    assert list(processor.image_mean) == [0.4914, 0.4822, 0.4465]
+    assert AutoModelForImageClassification.from_pretrained(tmp_path / "out").config.id2label[9] == "truck"
+
+
+def test_pretrained_backbone_gets_a_new_head(
+    run: Callable[..., dict[str, Any]], shared_data: Path, tmp_path: Path
+) -> None:
+    source = shared_data / "weights" / "mobilenet_v2_1.0_224_imagenet"
+    flags = ["--model_name_or_path", str(source), "--image_size", "32", "--image_std", "0.2", "0.3", "0.4"]
+    run("--dataset_name", "digits", *flags, "--max_steps", "1", "--learning_rate", "0")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.classifier.out_features == 10
+    trained, pretrained = load_file(tmp_path / "out" / "model.safetensors"), load_file(source / "model.safetensors")
+    name = "mobilenet_v2.conv_1x1.convolution.weight"
+    assert torch.equal(trained[name], pretrained[name])
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert (list(processor.image_mean), list(processor.image_std)) == ([0.5, 0.5, 0.5], [0.2, 0.3, 0.4])
+
+
+def test_config_by_name_with_overrides(tmp_path: Path) -> None:
+    parsed = parse(*TINY)
+    config = recipe.load_config(parsed, ["cat", "dog"])
+    assert (config.hidden_sizes, config.stage_names) == ([8, 16], ["stem", "stage1", "stage2"])
+    assert (config.id2label, config.label2id, config.num_labels) == ({0: "cat", 1: "dog"}, {"cat": 0, "dog": 1}, 2)
+    config.save_pretrained(tmp_path)
+    named = recipe.load_config(
+        parse("--config_name", str(tmp_path), "--config_overrides", '{"depths": [2, 2]}'), ["a"]
+    )
+    assert (named.hidden_sizes, named.depths, named.num_labels) == ([8, 16], [2, 2], 1)
+
+
+def test_wrong_input_stops_before_anything_is_loaded(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model: received none; allowed: one of --model_name_or_path"):
+        run(*DIGITS)
+    with pytest.raises(ValueError, match="the model: received config_name a and model_type resnet; allowed: one of"):
+        run(*DIGITS, *TINY, "--config_name", "a")
+    with pytest.raises(ValueError, match="dataset_name: received None; allowed: a Hub id, .* or digits. Pass one"):
+        run(*TINY)
+    with pytest.raises(ValueError, match=r"image_mean: received \[0.5\]; allowed: 3 numbers"):
+        run(*DIGITS, *TINY, "--image_mean", "0.5")
+    with pytest.raises(ValueError, match="image_size: received 0; allowed: 1 or more"):
+        run(*DIGITS, *TINY, "--image_size", "0")
+    with pytest.raises(ValueError, match="the field 'depth'; allowed: those of a resnet. Did you mean 'depths'"):
+        run(*DIGITS, "--model_type", "resnet", "--config_overrides", '{"depth": [1]}')
+    with pytest.raises(ValueError, match="load_best_model_at_end: received True; allowed: False"):
+        run(*DIGITS, *TINY, *"--load_best_model_at_end --eval_strategy steps --save_strategy steps".split())
+
+
+@pytest.mark.slow
+def test_the_demo_learns_the_digits(tmp_path: Path) -> None:
+    latent, packed = recipe.main([str(CONFIGS / "digits.yaml"), "--output_dir", str(tmp_path)])["rows"]
+    assert latent["accuracy"] > 0.97
+    assert packed["accuracy"] == pytest.approx(latent["accuracy"], abs=0.003)
+    assert packed["bytes"] * 5 < latent["bytes"]
