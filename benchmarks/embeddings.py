@@ -9,15 +9,17 @@ in training. The first model is packed in every way there is. Each packed model 
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from sst2 import ROOT, run
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from sst2 import STOMPP_STE
+from studies import ROOT, run
+from transformers import AutoModelForSequenceClassification
 
 from hf_stompp import pack
-from hf_stompp.scoring import predict, read_split
+from hf_stompp.scoring import predict, read_split, text_encoder
 
 PACKED = [
     ("float32 tables", {}),
@@ -32,7 +34,7 @@ def measure(name: str, trained: Path, data: Any, **how: Any) -> dict[str, Any]:
         pack(AutoModelForSequenceClassification.from_pretrained(trained), **how).save_pretrained(folder)
         size = (Path(folder) / "model.safetensors").stat().st_size
         model = AutoModelForSequenceClassification.from_pretrained(folder)
-        predicted = predict(model, AutoTokenizer.from_pretrained(trained), data, ["sentence"], max_length=128)
+        predicted = predict(model, text_encoder(trained, ["sentence"], max_length=128), data)
     right = sum(a == b for a, b in zip(predicted, data["label"], strict=True))
     row = {"tables": name, "bytes": size, "accuracy": 100 * right / len(data)}
     print(f"| {name} | {size / 1e6:.1f} MB | {row['accuracy']:.1f} |", flush=True)
@@ -46,12 +48,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "embeddings.json")
     args, flags = parser.parse_known_args()
     flags += ["--dataset_dir", args.dataset_dir] if args.dataset_dir else []
-    trained = run("stompp_ste", 0, flags, args.work_dir)
-    binarized = run("stompp_ste", 0, [*flags, "--embeddings", "True"], args.work_dir / "embeddings")
+    tables = replace(STOMPP_STE, name="1-bit tables, binarized in training", flags=("--embeddings", "True"))
+    trained, binarized = (run("run_glue", method, 0, flags, args.work_dir) for method in (STOMPP_STE, tables))
     data = read_split("nyu-mll/glue", "sst2", "validation", args.dataset_dir)
     print("| embedding tables | file | accuracy |\n|---|---|---|")
-    rows = [measure(name, args.work_dir / "stompp_ste-0", data, **how) for name, how in PACKED]
-    rows.append(measure("1-bit tables, binarized in training", args.work_dir / "embeddings" / "stompp_ste-0", data))
+    rows = [measure(name, STOMPP_STE.folder(args.work_dir, 0), data, **how) for name, how in PACKED]
+    rows.append(measure(tables.name, tables.folder(args.work_dir, 0), data))
     settings = {key: trained[key] for key in ("steps", "batch_size", "learning_rate", "seed")}
     assert settings == {key: binarized[key] for key in settings}
     args.output.write_text(json.dumps({"torch": torch.__version__, **settings, "rows": rows}, indent=2) + "\n")

@@ -3,11 +3,12 @@
 Each round runs one whole optimizer step (masks, forward, backward, AdamW) of every variant in turn, so that a machine
 whose speed drifts slows all of them alike; the table gives medians, and medians of the ratios round by round. The
 rounds are spread over a run of 600 steps, so that all states of the front are in them. What comes once for each unit,
-its calibration when its window begins (a forward pass), is in none of them: 24 in the whole run.
+its calibration when its window begins (a forward pass), is in none of them: in MiniLM 24 in the whole run.
 
     python benchmarks/training.py                                # MiniLM-L6 shapes, 32 x 16 and 8 x 128 tokens
     HF_STOMPP_KERNELS=reference python benchmarks/training.py    # without the extra `fast`
     python benchmarks/training.py --model bert-base --device cuda --batches 32x128 --bf16
+    python benchmarks/training.py --model resnet-18-quarter --batches 64x64        # 64 images of 64 x 64 pixels
 """
 
 import argparse
@@ -20,7 +21,16 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedConfig,
+    ResNetConfig,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers import set_seed as seed_everything
 from transformers.utils import logging
 
@@ -28,9 +38,15 @@ from hf_stompp import BinarizationConfig, StomppCallback, binarize, kernels
 from hf_stompp.patching import binary_layers
 
 RUN = 600  # optimizer steps
-SHAPES = {
-    "minilm-l6": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
-    "bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
+MODELS: dict[str, PreTrainedConfig] = {
+    "minilm-l6": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
+    "bert-base": BertConfig(),
+    # That of recipes/configs/cifar10_resnet18_small.yaml.
+    "resnet-18-quarter": ResNetConfig(
+        layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[16, 32, 64, 128], embedding_size=16
+    ),
+    "resnet-18": ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512]),
+    "resnet-50": ResNetConfig(),
 }
 VARIANTS: dict[str, BinarizationConfig | None] = {
     "full precision": None,
@@ -47,25 +63,31 @@ class Variant:
 
     def __init__(self, name: str, model: str, batch: tuple[int, int], device: str, bf16: bool) -> None:
         seed_everything(0)
-        self.bert = BertForSequenceClassification(BertConfig(num_attention_heads=12, **SHAPES[model])).to(device)
+        size, length = batch
+        made_of = MODELS[model]
+        if isinstance(made_of, BertConfig):
+            self.model = AutoModelForSequenceClassification.from_config(made_of).to(device)
+            data = {"input_ids": torch.randint(1000, 30000, batch)}
+        else:
+            self.model = AutoModelForImageClassification.from_config(made_of).to(device)
+            data = {"pixel_values": torch.randn(size, made_of.num_channels, length, length)}
         config = VARIANTS[name]
         if config is not None:
-            binarize(self.bert, config)
+            binarize(self.model, config)
         self.device, self.bf16 = device, bf16
-        self.optimizer = torch.optim.AdamW(self.bert.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-        ids = torch.randint(1000, 30000, batch)
-        examples = [{"input_ids": row, "labels": torch.tensor(0)} for row in ids]
-        loader = DataLoader(examples, batch_size=batch[0])
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+        examples = [{key: rows[i] for key, rows in data.items()} | {"labels": torch.tensor(0)} for i in range(size)]
+        loader = DataLoader(examples, batch_size=size)
         self.inputs = {key: value.to(device) for key, value in next(iter(loader)).items()}
         self.state, self.control = TrainerState(max_steps=RUN), TrainerControl()
         self.args = TrainingArguments(use_cpu=device == "cpu", report_to="none")
         self.callback = StomppCallback() if config is not None else None
-        self.bert.train()
+        self.model.train()
         self._event("on_train_begin", train_dataloader=loader)
 
     def _event(self, event: str, **kwargs: Any) -> None:
         if self.callback is not None:
-            getattr(self.callback, event)(self.args, self.state, self.control, model=self.bert, **kwargs)
+            getattr(self.callback, event)(self.args, self.state, self.control, model=self.model, **kwargs)
 
     def seek(self, step: int) -> None:
         """Goes to optimizer step `step` of the run, as if the one before it had just been made."""
@@ -76,7 +98,7 @@ class Variant:
     def step(self) -> None:
         self._event("on_step_begin")
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            loss = self.bert(**self.inputs).loss
+            loss = self.model(**self.inputs).loss
         loss.backward()
         self._event("on_pre_optimizer_step")
         self.optimizer.step()
@@ -86,11 +108,13 @@ class Variant:
 
     def extra_state(self) -> str:
         """Bytes of masks for each binarized weight and for each activation feature."""
-        layers = binary_layers(self.bert).values()
+        layers = binary_layers(self.model).values()
         if not layers:
             return ""
         weights = sum(layer.weight_mask.nbytes for layer in layers) / sum(layer.weight.numel() for layer in layers)
-        features = sum(layer.activation_mask.nbytes for layer in layers) / sum(layer.in_features for layer in layers)
+        features = sum(layer.activation_mask.nbytes for layer in layers) / sum(
+            layer.input_features for layer in layers
+        )
         return f"{weights:.0f} B/weight + {features:.0f} B/feature"
 
 
@@ -159,7 +183,7 @@ def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: 
         rows.append(
             {
                 "model": model,
-                "tokens": f"{batch[0]}x{batch[1]}",
+                "inputs": f"{batch[0]}x{batch[1]}",
                 "variant": name,
                 "ms": statistics.median(times[name]),
                 "ratio": ratios["full precision"],
@@ -175,32 +199,32 @@ def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=SHAPES, default="minilm-l6")
-    parser.add_argument("--batches", nargs="+", default=["32x16", "8x128"], help="batch size x sequence length")
+    parser.add_argument("--model", choices=MODELS, default="minilm-l6")
+    parser.add_argument(
+        "--batches", nargs="+", default=["32x16", "8x128"], help="batch size x sequence length, or side in pixels"
+    )
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
-    parser.add_argument(
-        "--output", type=Path, help="by default benchmarks/results/training_cpu.json, for each backend"
-    )
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/training_MODEL_BACKEND.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     logging.set_verbosity_error()  # the callback misses its Trainer
     rows = []
-    print("| model | tokens | variant | ms/step | vs full precision | vs STE | peak MB | extra state |")
+    print("| model | inputs | variant | ms/step | vs full precision | vs STE | peak MB | extra state |")
     print("|---|---|---|---|---|---|---|---|")
     for text in args.batches:
         size, length = map(int, text.split("x"))
         for row in measure(args.model, (size, length), args.rounds, args.device, args.bf16):
             rows.append(row)
             print(
-                f"| {row['model']} | {row['tokens']} | {row['variant']} | {row['ms']:.0f} | {row['ratio']:.2f} "
+                f"| {row['model']} | {row['inputs']} | {row['variant']} | {row['ms']:.0f} | {row['ratio']:.2f} "
                 f"| {row['ratio_ste']:.2f} | {row['peak_mb']:.0f} | {row['state']} |",
                 flush=True,
             )
     backend = kernels.backend() if args.device == "cpu" else args.device
-    output = args.output or Path(f"benchmarks/results/training_{backend}.json")
+    output = args.output or Path(f"benchmarks/results/training_{args.model}_{backend}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(
         json.dumps(
