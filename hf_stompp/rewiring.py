@@ -28,34 +28,39 @@ def rewire(model: PreTrainedModel, names: set[str], config: BinarizationConfig) 
     Raises:
         ValueError: There is nothing to change.
     """
+    blocks = _residual_blocks(model) if config.bireal_shortcuts else []  # may refuse, so before anything is changed
     if config.replace_gelu:
         _replace_activations(model, names, "replace_gelu", nn.ReLU)
     if config.replace_relu:
         _replace_activations(model, names, "replace_relu", nn.Identity)
-    if config.bireal_shortcuts:
-        _add_shortcuts(model)
+    for block in blocks:
+        # Parameters, names and hooks stay what they are: only the forward is another.
+        block.__class__ = _BIREAL[type(block)]
 
 
 def _replace_activations(model: PreTrainedModel, names: set[str], field: str, by: type[nn.Module]) -> None:
     """Puts `by` in the place of the activation modules that feed the layers `names`; who else reads them does so
     still."""
-    found = activations_feeding(model, names)
-    if by is nn.Identity:
-        found = [name for name in found if isinstance(model.get_submodule(name), _RELUS)]
-    if not found:
+    # A ReLU is what is dropped, or what takes the place of another.
+    wanted = [
+        name
+        for name in activations_feeding(model, names)
+        if isinstance(model.get_submodule(name), _RELUS) == (by is nn.Identity)
+    ]
+    if not wanted:
         raise ValueError(
             f"BinarizationConfig.{field} is set, but no activation module of {type(model).__name__} that it could "
             f"replace feeds a binarized layer (a functional activation cannot be replaced). Set {field}=False, or "
             "change the activation in the model's config."
         )
-    for name in found:
+    for name in wanted:
         model.set_submodule(name, by())
 
 
 # --- shortcuts ------------------------------------------------------------------------------------------------------
 
 
-def _add_shortcuts(model: PreTrainedModel) -> None:
+def _residual_blocks(model: PreTrainedModel) -> list[nn.Module]:
     blocks = [module for module in model.modules() if type(module) in _BIREAL]
     if not blocks:
         kinds = " or ".join(kind.__name__ for kind in _BIREAL)
@@ -63,9 +68,7 @@ def _add_shortcuts(model: PreTrainedModel) -> None:
             f"BinarizationConfig.bireal_shortcuts is set, but {type(model).__name__} has no {kinds}. Set "
             "bireal_shortcuts=False."
         )
-    for block in blocks:
-        # Parameters, names and hooks stay what they are: only the forward is another.
-        block.__class__ = _BIREAL[type(block)]
+    return blocks
 
 
 class _BiRealBlock(nn.Module):

@@ -87,8 +87,8 @@ def _heads(model: PreTrainedModel) -> set[str]:
 
 
 def _shortcuts(model: PreTrainedModel, found: Trace) -> set[str]:
-    """The convolutions that stand beside others: of two branches that are added, the one that takes what a layer
-    further up in the other takes too; or, if both take the same, the one with the smaller kernel."""
+    """The convolutions that stand beside others: of two branches that are added, and neither of which comes out of the
+    other, the one that takes what other layers take too; if both take the same, the one with the smaller kernel."""
     users: dict[int, set[str]] = defaultdict(set)
     for call in found.layers:
         users[id(call.input)].add(call.name)
@@ -97,15 +97,20 @@ def _shortcuts(model: PreTrainedModel, found: Trace) -> set[str]:
         height, width = model.get_submodule(call.name).kernel_size
         return height * width
 
+    def comes_out_of(call: Call | None, other: Call) -> bool:
+        return call is not None and (call is other or comes_out_of(call.after, other))
+
     shortcuts = set()
-    for pair in found.sums:
-        if not all(isinstance(model.get_submodule(call.name), CONVOLUTIONS) for call in pair):
+    for one, other in found.sums:
+        if not all(isinstance(model.get_submodule(call.name), CONVOLUTIONS) for call in (one, other)):
             continue
-        small, large = sorted(pair, key=area)
-        shared = [call for call in pair if len(users[id(call.input)]) > 1]
-        if small.input is large.input:
-            shared = [small] if area(small) < area(large) else []
-        shortcuts |= {call.name for call in shared if len(shared) == 1}
+        if comes_out_of(one, other) or comes_out_of(other, one):
+            continue
+        small, large = sorted((one, other), key=area)
+        beside = [call for call in (one, other) if len(users[id(call.input)]) > 1]
+        if one.input is other.input:
+            beside = [small] if area(small) < area(large) else []
+        shortcuts |= {call.name for call in beside if len(beside) == 1}
     return shortcuts
 
 

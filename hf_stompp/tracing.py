@@ -61,6 +61,8 @@ class Call:
     name: str
     input: Tensor
     output: Tensor
+    after: "Call | None" = None
+    """The layer that its input comes out of, as in [`Trace`]'s `branch`."""
 
 
 class Trace(TorchDispatchMode):
@@ -69,8 +71,8 @@ class Trace(TorchDispatchMode):
     Attributes:
         layers, activations, norms, tables (`list[Call]`): In the order of execution; the norms are batch norms.
         source (`dict[int, Tensor]`): id of a tensor → the half-rectified tensor whose values it has.
-        branch (`dict[int, Call]`): id of a tensor → the layer that it comes out of, by nothing but a norm and an
-            activation.
+        branch (`dict[int, Call]`): id of a tensor → the layer that it comes out of, by nothing but a norm, an
+            activation and a gate.
         sums (`list[tuple[Call, Call]]`): The pairs of such layers whose outputs are added.
         pooled (`set[int]`): ids of images of one pixel, made by averaging, and of what is computed of them alone.
         readers (`Counter[int]`): id of a tensor → how many operations and layers take it.
@@ -117,7 +119,7 @@ class Trace(TorchDispatchMode):
             self.source[id(result)] = source
         elif op is _aten.mul and source is not None and id(args[1]) in self.source:  # a gate
             self.source[id(result)] = result
-        if branch is not None and (half_rectified or op in _NORMS or op in _SAME_VALUES_OPS):
+        if branch is not None and (half_rectified or op in _NORMS or op in _SAME_VALUES_OPS or op is _aten.mul):
             self.branch[id(result)] = branch
         if result.dim() == 4 and result.shape[2:] == (1, 1) and (op in _POOLS or first in self.pooled):
             self.pooled.add(id(result))
@@ -133,7 +135,7 @@ class Trace(TorchDispatchMode):
         calls = next(calls for types, calls in kinds if isinstance(module, types))
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            call = Call(name, args[0], output)
+            call = Call(name, args[0], output, self.branch.get(id(args[0])))
             calls.append(call)
             if isinstance(module, _HALF_RECTIFIED_MODULES):
                 self.source[id(output)] = output

@@ -60,6 +60,32 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 """Architecture → config class and its arguments; `deberta-v2-shared` is how the published DeBERTa-v3 models are."""
 
 
+_VIT = {"num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
+_VIT |= {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 20}
+_MOBILENET = {"depth_multiplier": 0.1, "min_depth": 4, "image_size": 32}
+_MOBILENET |= {"classifier_dropout_prob": 0.0}  # that of MobileNetV1 is 0.999
+_REGNET = {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [1, 2], "groups_width": 4}
+VISION_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet-18": ("ResNet", {"embedding_size": 8, "hidden_sizes": [8, 12], "depths": [2, 2], "layer_type": "basic"}),
+    "resnet-34": (
+        "ResNet",
+        {"embedding_size": 4, "hidden_sizes": [4, 6, 8, 10], "depths": [3, 4, 6, 3], "layer_type": "basic"},
+    ),
+    # The first block's bottleneck is as wide as the stem, as in the published one.
+    "resnet-50": ("ResNet", {"embedding_size": 4, "hidden_sizes": [16, 32], "depths": [2, 2]}),
+    "mobilenet-v1": ("MobileNetV1", _MOBILENET),
+    "mobilenet-v2": ("MobileNetV2", _MOBILENET | {"depth_divisible_by": 4, "finegrained_output": False}),
+    "regnet-x": ("RegNet", _REGNET | {"layer_type": "x"}),
+    "regnet-y": ("RegNet", _REGNET | {"layer_type": "y"}),
+    "convnext": ("ConvNext", {"hidden_sizes": [8, 12], "depths": [1, 2], "num_stages": 2, "image_size": 32}),
+    "vit": ("ViT", _VIT),
+    "deit": ("DeiT", _VIT),
+    "swin": ("Swin", {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "image_size": 32, "window_size": 2}),
+}
+"""Architecture → prefix of its classes and arguments of its config; none is as wide as a whole number of bytes
+throughout."""
+
+
 @pytest.fixture(params=list(CONFIGS))
 def architecture(request: pytest.FixtureRequest) -> str:
     """Each architecture by name."""
@@ -100,6 +126,52 @@ def tiny_batch() -> Callable[..., dict[str, torch.Tensor]]:
         mask = torch.ones_like(ids)
         mask[-1, length - 2 :] = 0
         return {"input_ids": ids * mask, "attention_mask": mask}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_model() -> Callable[..., PreTrainedModel]:
+    """Makes a tiny image classifier in eval mode, always with the same weights: `tiny_vision_model("resnet-18",
+    depths=[1, 1])`. It is as if it had been trained, with norms off their start that keep the statistics of images, so
+    that every image has logits of its own; with `trained=False` it is as its class initialises it."""
+
+    def make(architecture: str, trained: bool = True, **overrides: Any) -> PreTrainedModel:
+        prefix, arguments = VISION_CONFIGS[architecture]
+        config = getattr(transformers, f"{prefix}Config")(**(arguments | overrides))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            model = getattr(transformers, f"{prefix}ForImageClassification")(config).eval()
+            if not trained:
+                return model
+            for name, tensor in model.named_parameters():
+                if tensor.dim() > 1:
+                    torch.nn.init.normal_(tensor, std=1.4 * tensor[0].numel() ** -0.5)
+                elif name.endswith("bias"):
+                    torch.nn.init.normal_(tensor, std=0.2)
+                else:
+                    torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+            for norm in norms:
+                norm.train().momentum = 1.0
+            size = getattr(config, "image_size", 48)
+            model(torch.randn(8, 3, size, size))
+            for norm in norms:
+                norm.eval().momentum = 0.1
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> Callable[..., torch.Tensor]:
+    """Makes a seeded batch of images, by default of the size of a model's config: `tiny_images(model, 4)`, or
+    `tiny_images(model, 2, height=45, width=37)`."""
+
+    def make(model: PreTrainedModel, size: int = 2, *, height: int = 0, width: int = 0, seed: int = 0) -> torch.Tensor:
+        own = getattr(model.config, "image_size", 48)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(size, 3, height or own, width or own, generator=generator)
 
     return make
 

@@ -219,9 +219,11 @@ def test_without_flags_the_parser_gives_the_defaults() -> None:
         (["--clip", "inf"], "clip", None),
         (["--no_activations"], "activations", False),
         (["--replace_gelu"], "replace_gelu", True),
+        (["--replace_relu"], "replace_relu", True),
+        (["--bireal_shortcuts"], "bireal_shortcuts", True),
         (["--include", "a", "b"], "include", ["a", "b"]),
     ],
-    ids=["clip", "no_activations", "replace_gelu", "include"],
+    ids=["clip", "no_activations", "replace_gelu", "replace_relu", "bireal_shortcuts", "include"],
 )
 def test_flags_that_are_written_in_another_way(words: list[str], name: str, value: Any) -> None:
     (config,) = HfArgumentParser(BinarizationConfig).parse_args_into_dataclasses(words)
@@ -250,6 +252,7 @@ def test_flags_stand_beside_those_of_the_trainer(tmp_path: Path) -> None:
 def filled_config() -> BinarizationConfig:
     config = BinarizationConfig(**NOT_DEFAULT)
     config.modules = {"encoder.layer.0": {"unit": 0, "levels": "signed"}}
+    config.folded = ["encoder.norm.0"]
     return config
 
 
@@ -264,6 +267,7 @@ def test_json_round_trip_keeps_every_field() -> None:
     assert values.items() >= NOT_DEFAULT.items()
     assert values["quant_method"] == "stompp"
     assert values["modules"] == config.modules
+    assert values["folded"] == config.folded
 
 
 def test_no_clip_survives_json() -> None:
@@ -281,7 +285,14 @@ def test_to_dict_is_a_copy() -> None:
     config = filled_config()
     config.to_dict()["include"].append("x")
     config.to_dict()["modules"].clear()
+    config.to_dict()["folded"].clear()
     assert config == filled_config()
+
+
+def test_the_settings_are_what_was_chosen_alone() -> None:
+    settings = filled_config().settings()
+    assert settings.keys() == set(INIT_FIELDS) | {"quant_method"}
+    assert BinarizationConfig.from_dict(settings) == BinarizationConfig(**NOT_DEFAULT)
 
 
 def test_it_survives_in_the_config_of_a_model(tmp_path: Path) -> None:

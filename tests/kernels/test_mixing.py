@@ -19,7 +19,13 @@ pytest.importorskip("numba", reason="the extra `fast` is not installed: there ar
 
 from hf_stompp.kernels import mixing  # noqa: E402
 
-SHAPES = {"weight": (96, 200), "inputs": (8, 16, 150)}
+SHAPES = {
+    "weight": (96, 200),
+    "inputs": (8, 16, 150),
+    "images": (6, 12, 16, 17),
+    "images, channels last": (6, 12, 16, 17),
+    "inputs of four axes": (4, 6, 9, 90),
+}
 
 
 @pytest.fixture
@@ -39,9 +45,12 @@ def operands(kind: str, mask: Any) -> tuple[Tensor, Tensor, Tensor | bool, Tenso
     edges = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 0.35, 0.7, -0.7, 1.05, -1.05])
     x.view(-1, x.shape[-1])[5, : len(edges)] = edges
     if mask == "drawn":
-        shape = x.shape if kind == "weight" else x.shape[-1:]
+        shape = x.shape if kind == "weight" else (x.shape[1], 1, 1) if "images" in kind else x.shape[-1:]
         mask = torch.rand(shape, generator=generator) < 0.4
-    return x, scale, mask, torch.randn(x.shape, generator=generator)
+    grad = torch.randn(x.shape, generator=generator)
+    if kind == "images, channels last":
+        x, grad = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, grad))
+    return x, scale, mask, grad
 
 
 def in_float64(
@@ -79,12 +88,13 @@ def test_values_and_gradients(kind: str, mask: Any, clip: float | None, unsigned
     assert mixing.fits(x, scale, mask)
     expected, grad_x, grad_scale = in_float64(x, scale, mask, grad, clip, unsigned, ste)
     x.requires_grad_()
-    scale.requires_grad_(kind == "inputs")
+    scale.requires_grad_(kind != "weight")
     y = mix(x, scale, mask, clip=clip, unsigned=unsigned, ste=ste)
     y.backward(grad)
+    assert y.stride() == x.stride(), "in the memory order of the input"
     np.testing.assert_allclose(y.detach().numpy(), expected, rtol=1e-6)
     np.testing.assert_allclose(x.grad.numpy(), grad_x, rtol=1e-6)
-    if kind == "inputs":
+    if kind != "weight":
         assert scale.grad.item() == pytest.approx(grad_scale, rel=1e-4)
 
 
@@ -104,20 +114,51 @@ def test_the_same_numbers_as_torch(
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
-def test_nan_stays_nan_where_soft_and_is_a_level_where_frozen() -> None:
-    x, scale, mask, _ = operands("inputs", "drawn")
-    x[0, 0] = float("nan")
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+@pytest.mark.parametrize("kind", ["images", "images, channels last"])
+def test_a_gradient_in_another_memory_order_is_the_same(kind: str, order: torch.memory_format, reference: Any) -> None:
+    def run() -> tuple[Tensor | None, Tensor | None]:
+        x, scale, drawn, grad = operands(kind, "drawn")
+        x, scale = x.requires_grad_(), scale.requires_grad_()
+        mix(x, scale, drawn, clip=1.5, ste=True).backward(grad.contiguous(memory_format=order))
+        return x.grad, scale.grad
+
+    ours = run()
+    reference()
+    theirs = run()
+    assert torch.equal(ours[0], theirs[0])
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("ste", [False, True])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_the_memory_order_of_images_does_not_matter(unsigned: bool, ste: bool) -> None:
+    results = []
+    for kind in ("images", "images, channels last"):
+        x, scale, mask, grad = operands(kind, "drawn")
+        y = mix(x.requires_grad_(), scale.requires_grad_(), mask, clip=1.5, unsigned=unsigned, ste=ste)
+        y.backward(grad)
+        results.append((y.detach(), x.grad, scale.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["inputs", "images", "images, channels last", "inputs of four axes"])
+def test_nan_stays_nan_where_soft_and_is_a_level_where_frozen(kind: str) -> None:
+    x, scale, mask, _ = operands(kind, "drawn")
+    x[0] = float("nan")
     y = mix(x, scale, mask, clip=1.5)
-    assert torch.equal(y[0, 0].isnan(), ~mask)
+    assert torch.equal(y[0].isnan(), ~mask.expand(x.shape[1:]))
 
 
-def test_the_same_sums_on_any_number_of_threads() -> None:
+@pytest.mark.parametrize("kind", ["inputs", "images", "images, channels last", "inputs of four axes"])
+def test_the_same_sums_on_any_number_of_threads(kind: str) -> None:
     threads = torch.get_num_threads()
     gradients = []
     try:
         for number in (1, 2):
             torch.set_num_threads(number)
-            x, scale, mask, grad = operands("inputs", "drawn")
+            x, scale, mask, grad = operands(kind, "drawn")
             mix(x, scale.requires_grad_(), mask, clip=1.5).backward(grad)
             gradients.append(scale.grad.item())
     finally:
@@ -139,6 +180,37 @@ def test_the_same_sums_on_any_number_of_threads() -> None:
 )
 def test_the_rest_is_left_to_torch(change: Any) -> None:
     x, scale, mask, _ = operands("weight", "drawn")
+    assert not mixing.fits(*change(x, scale, mask))
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("images", lambda x, scale, mask: (x[:, :, :, :16], scale, mask)),
+        ("images", lambda x, scale, mask: (x.transpose(2, 3), scale, mask)),
+        ("images", lambda x, scale, mask: (x, scale.expand(12).reshape(12, 1, 1), mask)),
+        ("images", lambda x, scale, mask: (x, scale, mask.expand(12, 16, 17))),
+        ("images", lambda x, scale, mask: (x, scale, mask[:1])),
+        ("images, channels last", lambda x, scale, mask: (x, scale, torch.ones(17, dtype=torch.bool))),
+        ("images, channels last", lambda x, scale, mask: (x, scale, mask.expand(x.shape).contiguous())),
+        ("images, channels last", lambda x, scale, mask: (x[:, :6], scale, mask[:6])),
+        ("inputs of four axes", lambda x, scale, mask: (x.permute(0, 2, 3, 1), scale, mask)),
+    ],
+    ids=[
+        "cut",
+        "transposed",
+        "a scale for each channel",
+        "mask of pixels",
+        "one for all channels",
+        "channels last with a mask of columns",
+        "channels last with a mask of entries",
+        "some channels",
+        "permuted tokens",
+    ],
+)
+def test_other_images_are_left_to_torch(kind: str, change: Any) -> None:
+    x, scale, mask, _ = operands(kind, "drawn")
+    assert mixing.fits(x, scale, mask)
     assert not mixing.fits(*change(x, scale, mask))
 
 
