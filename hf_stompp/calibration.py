@@ -64,27 +64,31 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
     if not layers:  # a unit of tables
         return
     handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
-    training = model.training
     try:
-        with _batch_statistics(model.eval()):
+        with _calibrating(model):
             model(**batch)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms take the statistics of their batch, and leave their running ones alone."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    """Nothing is random, and batch norms take the statistics of their batch and leave their running ones alone, but
+    for those that are held in evaluation mode while the model is trained."""
+    modes = {module: module.training for module in model.modules()}
+    norms = [module for module in modes if isinstance(module, _BatchNorm) and module.track_running_stats]
+    norms = [norm for norm in norms if norm.training or not model.training]
     try:
+        model.eval()
         for norm in norms:
             norm.training, norm.track_running_stats = True, False
         yield
     finally:
         for norm in norms:
-            norm.training, norm.track_running_stats = False, True
+            norm.track_running_stats = True
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _calibrate_layer(layer: BinaryLayer, x: Tensor, norm: _BatchNorm | None) -> None:

@@ -74,8 +74,8 @@ def fold(model: PreTrainedModel, chain: Fold) -> list[str]:
     norm, first = model.get_submodule(chain.norm), model.get_submodule(chain.first)
     second = [model.get_submodule(name) for name in chain.second]
     assert isinstance(norm, nn.BatchNorm2d) and isinstance(first, PackedConv2d)
-    if norm.running_mean is None:
-        return []
+    if norm.running_mean is None or any(tensor.dtype != torch.float32 for tensor in norm.parameters()):
+        return []  # no slope to know before, or values that half precision rounds
     ceiling = _CEILINGS[type(model.get_submodule(chain.activation))] if chain.activation else None
     for layer in second:
         threshold = layer.activation_threshold

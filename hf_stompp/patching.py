@@ -24,6 +24,7 @@ from hf_stompp.layers import (
 )
 from hf_stompp.rewiring import rewire, rewires
 from hf_stompp.selection import LayerPlan, embedding_tables, select
+from hf_stompp.tracing import LAYERS, skeleton, trace
 
 logger = logging.get_logger(__name__)
 
@@ -97,6 +98,8 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
     if rewires(config):
         rewire(model, {plan.name for plan in plans}, config)
         plans = [plan for plan in select(model, config) if not plan.skipped]  # inputs may have other levels now
+    if config.include:
+        _check_runs_packed(model, {plan.name for plan in plans})
     for plan in plans:
         assert plan.unit is not None
         module = model.get_submodule(plan.name)
@@ -109,10 +112,28 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
         model.set_submodule(plan.name, layer)
     config.modules = {plan.key: _entry(plan, model.get_submodule(plan.name), config) for plan in plans}
     model.config.quantization_config = config
+    # A file is to have the names that `modules` has, and that the Trainer looks for when it resumes.
+    model._weight_conversions = []
     # Masks are the same on every rank by construction: DDP need not send them.
     masks = [f"{name}.{kind}_mask" for name, layer in binary_layers(model).items() for kind in layer.MASKS]
     model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *masks]
     return model
+
+
+def _check_runs_packed(model: PreTrainedModel, names: set[str]) -> None:
+    """Refuses, before it is trained, what could not run once it is packed: some models read the dtype of a weight."""
+    packed = skeleton(model)
+    for name in names:
+        layer = packed.get_submodule(name)
+        if isinstance(layer, LAYERS):
+            packed.set_submodule(name, PACKED[type(layer)].empty(layer, binary_input=True))
+    try:
+        trace(packed, with_head=True)
+    except ValueError as error:
+        raise ValueError(
+            "BinarizationConfig.include selects a layer with which the model cannot run once it is packed, as a ViT "
+            f"cannot with its patch embedding, whose dtype it reads: {error} Leave it out of include."
+        ) from error
 
 
 def _entry(plan: LayerPlan, layer: nn.Module, config: BinarizationConfig) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """`summary`: what is binarized in a model, what is not and why, and where its bytes are."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
@@ -134,14 +134,16 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
     for plan in plans.values():
         layer = model.get_submodule(plan.name)
         if isinstance(layer, LAYERS):
-            counted |= {id(tensor) for tensor in layer.parameters()}
+            counted |= {id(tensor) for tensor in layer.state_dict(keep_vars=True).values()}
             rows.append(_layer_row(plan, layer, config))
     rest = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in counted}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and rest.pop(id(module.weight), False):
             plan = plans.get(name, LayerPlan(name, name, "table", skipped="not executed"))
             rows.append(_table_row(plan, module, config.embedding_bits if plan.role == "embedding" else 32))
-    rows.append(_rest_row("norms and others", (p for _, p in rest.values())))
+    # Of all buffers, those of batch norms are the ones that are in a file without being a layer's.
+    statistics = [b for norm in model.modules() if isinstance(norm, _BatchNorm) for b in norm.buffers()]
+    rows.append(_rest_row("norms and others", [p for _, p in rest.values()], statistics))
     frozen = 1.0 if is_packed(model) else frozen_fraction(model)
     return Summary(type(model).__name__, tuple(rows), frozen)
 
@@ -206,8 +208,8 @@ def _table_row(plan: LayerPlan, table: nn.Embedding, bits: int) -> LayerSummary:
     )
 
 
-def _rest_row(name: str, tensors: Iterable[Tensor]) -> LayerSummary:
-    tensors = list(tensors)
-    count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
-    bits = 8 * max((tensor.element_size() for tensor in tensors), default=4)
-    return LayerSummary(name, "", None, bits, 32, "", None, count, 4 * count, size, "never binarized")
+def _rest_row(name: str, parameters: list[nn.Parameter], buffers: list[Tensor]) -> LayerSummary:
+    count, more = sum(p.numel() for p in parameters), sum(b.nbytes for b in buffers)
+    bits = 8 * max((p.element_size() for p in parameters), default=4)
+    packed_bytes = sum(p.nbytes for p in parameters) + more
+    return LayerSummary(name, "", None, bits, 32, "", None, count, 4 * count + more, packed_bytes, "never binarized")

@@ -102,6 +102,11 @@ def _fitted(x: Tensor, like: Tensor) -> Tensor:
     if x.shape[2:] != like.shape[2:]:
         x = nn.functional.avg_pool2d(x, kernel_size=2, stride=2, ceil_mode=True)
     channels, wanted = x.shape[1], like.shape[1]
+    if max(channels, wanted) % min(channels, wanted):
+        raise ValueError(
+            f"BinarizationConfig.bireal_shortcuts is set, but a convolution makes {wanted} channels of {channels}, no "
+            "multiple and no part of it: no shortcut fits. Set bireal_shortcuts=False."
+        )
     if wanted > channels:
         return torch.cat([x] * (wanted // channels), dim=1)
     return x if wanted == channels else x.unflatten(1, (wanted, channels // wanted)).mean(dim=2)

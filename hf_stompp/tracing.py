@@ -173,7 +173,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         size = getattr(model.config, "image_size", made_for[1:])
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(model.config, "num_channels", made_for[0])
-        return {"pixel_values": torch.zeros(1, channels, height, width, device="meta")}
+        return {"pixel_values": torch.zeros(1, channels, height, width, dtype=model.dtype, device="meta")}
     raise ValueError(
         f"{type(model).__name__} takes {model.main_input_name!r}; hf_stompp can trace models of 'input_ids' or "
         "'pixel_values'."

@@ -282,7 +282,6 @@ def test_include_wins_over_every_role(
         ("mobilenet-v1", {}),
         ("regnet-y", {"depths": [1, 1]}),
         ("convnext", {"depths": [1, 1]}),
-        ("vit", {"num_hidden_layers": 1}),
         ("swin", {"depths": [1, 1]}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -295,13 +294,19 @@ def test_a_model_of_which_every_layer_is_binarized_makes_the_round_trip(
     calibrate(binarize(model, BinarizationConfig(include=["*"])), {"pixel_values": tiny_images(model, 4, seed=1)})
     packed = pack(freeze(model))
     assert packed_layers(packed).keys() == layers
-    images = tiny_images(model, 3, **({} if vision == "vit" else {"height": 37, "width": 45}))
+    images = tiny_images(model, 3, height=37, width=45)
     with torch.no_grad():
         expected = model(images).logits
         assert torch.equal(packed(images).logits, expected)
         packed.save_pretrained(tmp_path)
         loaded = owned(AutoModelForImageClassification.from_pretrained(tmp_path))
         assert torch.equal(loaded(images).logits, expected)
+
+
+@pytest.mark.parametrize("vision", ["vit", "deit"])
+def test_a_patch_embedding_whose_dtype_the_model_reads_is_refused(vision: str, tiny_vision_model: Factory) -> None:
+    with pytest.raises(ValueError, match="include selects a layer with which the model cannot run .* patch embedding"):
+        binarize(tiny_vision_model(vision), BinarizationConfig(include=["*patch_embeddings*"]))
 
 
 def test_a_binarized_shortcut_is_of_the_unit_of_the_layer_beside_it(tiny_vision_model: Factory) -> None:
@@ -700,7 +705,7 @@ def test_the_size_of_published_resnets(name: str) -> None:
         model = ResNetForImageClassification(config)
     table = summary(model, BinarizationConfig())
     assert table.parameters == parameters == sum(p.numel() for p in model.parameters())
-    assert table.float_bytes == 4 * parameters
+    assert table.float_bytes == 4 * parameters + sum(b.nbytes for b in model.buffers())  # of batch norms
     layers = table.rows[:-1]
     expected = bytes_of_a_resnet(config.hidden_sizes, config.depths, config.layer_type == "bottleneck")
     assert sum(row.packed_bytes for row in layers) == expected

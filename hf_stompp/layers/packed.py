@@ -31,7 +31,13 @@ class ExactLayer(nn.Module):
     activation_levels: Tensor | None
 
     def binary_input(self, input: Tensor) -> Tensor:
-        """The upper level where an input is at or above its threshold, else the lower, in the dtype of the input."""
+        """The upper level where an input is at or above its threshold, else the lower, in the dtype of the input.
+
+        Raises:
+            TypeError: The input is not of floats, as where a model casts it to the dtype of a packed weight.
+        """
+        if not input.is_floating_point():
+            raise TypeError(f"A {type(self).__name__} takes floats, but its input is {input.dtype}.")
         if self.activation_threshold is None or self.activation_levels is None:
             return input
         low, high = self.activation_levels.unbind()
