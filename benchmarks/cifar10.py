@@ -13,7 +13,7 @@ from studies import Method, study
 SEEDS = (0, 1, 2)
 SMALL, MOBILE = "cifar10_resnet18_small", "cifar10_mobilenet_v2"
 RATE = "--learning_rate"
-REPLACED = "--replace_relu"
+REPLACED, KEPT = ("--replace_relu",), ("--replace_relu", "false")
 METHODS = {
     "resnet18": [
         Method("full precision", SMALL, ("--binarize", "false", RATE, "4e-3")),
@@ -22,15 +22,17 @@ METHODS = {
         Method("StoMPP, STE-free (W1A1)", SMALL, ("--surrogate", "none", RATE, "8e-3"), SEEDS),
         Method("StoMPP + STE (W1A1)", SMALL, (RATE, "8e-3"), SEEDS),
         Method("STE baseline, the other's rate", SMALL, ("--progression", "none", RATE, "8e-3")),
-        Method("STE baseline, ReLUs replaced", SMALL, ("--progression", "none", REPLACED, RATE, "4e-3")),
-        Method("StoMPP, STE-free, ReLUs replaced", SMALL, ("--surrogate", "none", REPLACED, RATE, "8e-3")),
-        Method("StoMPP + STE, ReLUs replaced", SMALL, (REPLACED, RATE, "8e-3")),
-        Method("StoMPP + STE, ReLUs replaced, Bi-Real", SMALL, (REPLACED, "--bireal_shortcuts", RATE, "8e-3")),
+        Method("STE baseline, ReLUs replaced", SMALL, ("--progression", "none", *REPLACED, RATE, "4e-3")),
+        Method("StoMPP, STE-free, ReLUs replaced", SMALL, ("--surrogate", "none", *REPLACED, RATE, "8e-3")),
+        Method("StoMPP + STE, ReLUs replaced", SMALL, (*REPLACED, RATE, "8e-3")),
+        Method("StoMPP + STE, ReLUs replaced, Bi-Real", SMALL, (*REPLACED, "--bireal_shortcuts", RATE, "8e-3")),
     ],
     "mobilenet_v2": [
-        Method("full precision", MOBILE, ("--binarize", "false")),
-        Method("StoMPP, weights only (W1A32)", MOBILE, ("--no_activations",)),
+        Method("full precision", MOBILE, ("--binarize", "false", RATE, "1e-3")),
+        Method("StoMPP, weights only (W1A32)", MOBILE, ("--no_activations", *KEPT, RATE, "1e-3")),
+        Method("STE baseline (W1A1)", MOBILE, ("--progression", "none")),
         Method("StoMPP + STE (W1A1)", MOBILE),
+        Method("StoMPP + STE (W1A1), ReLUs kept", MOBILE, KEPT),
     ],
 }
 

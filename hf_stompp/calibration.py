@@ -38,7 +38,7 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
         units (`Collection[int]`, *optional*): Set the layers of these units alone; by default of all.
 
     Raises:
-        ValueError: The model is not binarized.
+        ValueError: The model is not binarized; or the batch is a single image that its batch norms see one pixel of.
     """
     if not binary_layers(model):
         raise ValueError(
@@ -67,6 +67,13 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
     try:
         with _calibrating(model):
             model(**batch)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"calibrate takes the statistics of the batch, and batch norms cannot of this one ({error}): give it "
+            "more images, or larger ones."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

@@ -26,6 +26,7 @@ from hf_stompp.results import (
     scores_table,
     training_sentence,
 )
+from hf_stompp.tracing import example_inputs
 
 UNNAMED = "your-name/your-model"
 """Stands for the repository in a card that is written before there is one; `push` puts the real id in its place."""
@@ -53,7 +54,7 @@ def model_card(
     repo_id: str = UNNAMED,
     base_model: str | None = None,
     dataset: str | None = None,
-    split: str = "validation",
+    split: str | None = None,
     command: str | None = None,
     license: str | None = None,
 ) -> ModelCard:
@@ -71,7 +72,7 @@ def model_card(
         repo_id (`str`, *optional*): The repository it is for; without it, `push` fills it in.
         base_model (`str`, *optional*): Hub id of the pretrained model.
         dataset (`str`, *optional*): Hub id of the data; its config is the task of the results.
-        split (`str`, *optional*, defaults to `"validation"`): What the results were scored on.
+        split (`str`, *optional*): What the results were scored on; by default what they say, else `"validation"`.
         command (`str`, *optional*): The training command.
         license (`str`, *optional*): A license id of the Hub; what the license of the base model allows.
 
@@ -99,6 +100,7 @@ def model_card(
         check_run(name, run, runs[OWN], model.config.quantization_config)
     recipe = (results or {}).get("recipe", {})
     part = recipe.get("task_name") or recipe.get("dataset_config")
+    split = split or recipe.get("eval_split") or "validation"
     data = Scored(dataset or recipe.get("task_name"), part if dataset else None, split)
     return render(model, folder, runs, data, repo_id=repo_id, base_model=base_model, command=command, license=license)
 
@@ -142,11 +144,12 @@ def render(
         frozen=f"{math.floor(100 * table.frozen_fraction)}%",  # 100% is all
         clipped=config.never_freezes,
         embeddings=config.embeddings,
+        folded=len(config.folded or ()),
         method=_method(config),
         file_bytes=weight_bytes(folder) if folder else table.packed_bytes if packed else table.float_bytes,
         float_bytes=table.float_bytes,
         checksums=checksums(folder) if folder and packed else "",
-        example=_example(repo_id, type(model).__name__, task, folder, config),
+        example=_example(repo_id, model, task, folder),
         parts=_parts(table),
         split=data.split,
         data=str(data),
@@ -211,8 +214,9 @@ def _method(config: BinarizationConfig) -> str:
     return f"In training, clipped {what} are replaced by hard binary ones {how}."
 
 
-def _example(repo_id: str, model_class: str, task: str, folder: Path | None, config: BinarizationConfig) -> str:
+def _example(repo_id: str, model: PreTrainedModel, task: str, folder: Path | None) -> str:
     """Loads and predicts, or packs a latent model, as it stands, from the Hub or a folder."""
+    config, model_class = model.config.quantization_config, type(model).__name__
     if config.never_freezes:  # which cannot be packed
         lines = ["import hf_stompp  # makes transformers clip", f"from transformers import {model_class}", ""]
         return "\n".join([*lines, f'model = {model_class}.from_pretrained("{repo_id}")'])
@@ -229,6 +233,9 @@ def _example(repo_id: str, model_class: str, task: str, folder: Path | None, con
         lines += ["from transformers import pipeline", "", f'predict = pipeline("{task}", model="{repo_id}")']
         return "\n".join([*lines, 'print(predict("This is an example."))'])
     inputs = "**model.dummy_inputs"
+    if model.main_input_name == "pixel_values":
+        lines.append("import torch")
+        inputs = f"torch.rand{tuple(example_inputs(model)['pixel_values'].shape)}"
     if task == "multiple-choice":  # each example is a list of texts
         inputs = "**{name: tensor.unsqueeze(0) for name, tensor in model.dummy_inputs.items()}"
     lines += [f"from transformers import {model_class}", "", f'model = {model_class}.from_pretrained("{repo_id}")']

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(_PROGRAM, description="1-bit BERTs: look at, pack, publish and verify them.")
+    parser = argparse.ArgumentParser(_PROGRAM, description="1-bit models: look at, pack, publish and verify them.")
     parser.add_argument("--version", action="version", version=f"{_PROGRAM} {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_summary(commands)
@@ -171,6 +171,7 @@ def _add_card(commands: Any) -> None:
     compared = "a run to show beside it; any number of them"
     _flag(parser, "compared", compared, nargs="+", action="extend", default=[], metavar="NAME=FILE")
     _flag(parser, "dataset", "Hub id of the data")
+    _flag(parser, "split", "what the results were scored on; by default what they say, else validation")
     _flag(parser, "base-model", "Hub id of the pretrained model")
     _flag(parser, "license", "a license id of the Hub")
     _flag(parser, "repo-id", "the repository it is for; without it, push fills it in", default=UNNAMED)
@@ -189,6 +190,7 @@ def _card(arguments: argparse.Namespace) -> int:
         results=arguments.results and _read_json("--results", arguments.results),
         compared=dict(_named_run(text) for text in arguments.compared),
         dataset=arguments.dataset,
+        split=arguments.split,
         base_model=arguments.base_model,
         license=arguments.license,
         repo_id=arguments.repo_id,
@@ -208,8 +210,13 @@ def _add_verify(commands: Any) -> None:
     parser = _command(commands, "verify", _verify, "Check a packed model: its files, its card, its scores.")
     parser.add_argument("source", metavar="FOLDER_OR_REPO", help="a packed model, or its Hub id")
     _flag(parser, "revision", "of the repository; by default main")
-    _flag(parser, "dataset-dir", "folder of parquet files with the data; by default the Hub's", metavar="FOLDER")
-    _flag(parser, "metric", "evaluate module, its path or Hub id, as recipes/metrics/glue")
+    _flag(
+        parser,
+        "dataset-dir",
+        "folder of parquet files, or of images as SPLIT/CLASS/*.png; by default the Hub's data",
+        metavar="FOLDER",
+    )
+    _flag(parser, "metric", "evaluate module, its path or Hub id, as recipes/metrics/glue or recipes/metrics/accuracy")
     _flag(parser, "tolerance", "how far a score may be off; 0.005 by default", type=float, default=0.005)
     _flag(parser, "no-scores", "do not score the model again", action="store_true")
     _flag(parser, "json", "print JSON", action="store_true")

@@ -221,8 +221,10 @@ class BinarizationConfig(QuantizationConfigMixin):
         fields = {item.name: item for item in dataclasses.fields(cls)}
         known = {key: value for key, value in config_dict.items() if key in fields and fields[key].init}
         config = cls(**known)
-        config.modules = dict(config_dict.get("modules") or {})
-        config.folded = list(config_dict.get("folded") or [])
+        config.modules = dict(_of_kind(config_dict, "modules", dict, "a mapping from names"))
+        config.folded = list(_of_kind(config_dict, "folded", list, "a list of names"))
+        if not all(isinstance(name, str) for name in config.folded):
+            raise ValueError(f"quantization_config.folded is {config.folded}; allowed: a list of names.")
         config.unknown = {key: value for key, value in config_dict.items() if key not in fields}
         if config.unknown:
             warnings.warn(
@@ -262,3 +264,11 @@ def _matches(value: Any, hint: Any) -> bool:
     if hint in (int, float):
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def _of_kind(config_dict: dict[str, Any], field: str, kind: type, allowed: str) -> Any:
+    """What a file has in a field, or nothing of that kind."""
+    value = config_dict.get(field)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"quantization_config.{field} is {value!r}; allowed: {allowed}.")
+    return value or kind()

@@ -1,16 +1,19 @@
 """Batch norms folded into thresholds: between two binary convolutions, all that counts is which bit comes out."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_stompp.layers import BinaryConv2d, PackedConv2d
+from hf_stompp.layers import PackedConv2d
 from hf_stompp.packing import pack_signs, unpack_signs
-from hf_stompp.tracing import Call, trace
+from hf_stompp.tracing import CONVOLUTIONS, Call, trace
 
 _CEILINGS: dict[type[nn.Module], float] = {nn.ReLU: float("inf"), nn.ReLU6: 6.0}
+FOLDED = (nn.BatchNorm2d, *_CEILINGS)
+"""What is folded."""
 _LARGEST = torch.tensor(torch.finfo(torch.float32).max).view(torch.int32).item()
 
 
@@ -30,8 +33,14 @@ class Fold:
     second: tuple[str, ...]
 
 
-def foldable(model: PreTrainedModel) -> list[Fold]:
-    """The chains of a latent model that can be folded without changing a bit."""
+def foldable(model: PreTrainedModel, binary: Collection[str], binary_inputs: Collection[str]) -> list[Fold]:
+    """The chains that can be folded without changing a bit.
+
+    Args:
+        model (`PreTrainedModel`): The model; of its layers only the kind counts.
+        binary (`Collection[str]`): Names of its binary layers.
+        binary_inputs (`Collection[str]`): Of those whose inputs are binary too.
+    """
     found = trace(model)
     calls = [*found.layers, *found.norms, *found.activations]
     by_output = {id(call.output): call for call in calls}
@@ -48,14 +57,15 @@ def foldable(model: PreTrainedModel) -> list[Fold]:
         users.setdefault(id(call.input), []).append(call)
     folds = []
     for second in users.values():
-        layers = [model.get_submodule(call.name) for call in second]
-        if not all(isinstance(layer, BinaryConv2d) and layer.activation_scale is not None for layer in layers):
+        if not all(call.name in once and call.name in binary_inputs for call in second):
+            continue
+        if not all(isinstance(model.get_submodule(call.name), CONVOLUTIONS) for call in second):
             continue
         activation = before(second[0].input, len(second), *_CEILINGS)
         tensor, readers = (activation.input, 1) if activation else (second[0].input, len(second))
         norm = before(tensor, readers, nn.BatchNorm2d)
-        first = before(norm.input, 1, BinaryConv2d) if norm else None
-        if norm and first:
+        first = before(norm.input, 1, *CONVOLUTIONS) if norm else None
+        if norm and first and first.name in binary:
             names = tuple(call.name for call in second)
             folds.append(Fold(first.name, norm.name, activation.name if activation else "", names))
     return folds

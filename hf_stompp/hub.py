@@ -95,7 +95,9 @@ def push(
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = _saved(model_or_folder, tokenizer, Path(temporary), latent)
-        text = _card_text(card, load_complete(folder, latent=latent), folder)
+        model = load_complete(folder, latent=latent)
+        _warn_of_missing_processor(model, folder)
+        text = _card_text(card, model, folder)
         message = commit_message or "Upload a 1-bit model with hf_stompp"
         publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
         try:
@@ -118,6 +120,19 @@ def _saved(model_or_folder: Any, tokenizer: Any, temporary: Path, latent: bool) 
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
     return temporary
+
+
+def _warn_of_missing_processor(model: PreTrainedModel, folder: Path) -> None:
+    kinds = {
+        "input_ids": ("tokenizer", "tokenizer_config.json", "AutoTokenizer"),
+        "pixel_values": ("image processor", "preprocessor_config.json", "AutoImageProcessor"),
+    }
+    name, file, loader = kinds.get(model.main_input_name, ("", "", ""))
+    if name and not (folder / file).is_file():
+        logger.warning(
+            f"There is no {name} ({file}) with the model: `pipeline` will not load it. Save that of the base model "
+            f'into the folder, {loader}.from_pretrained("…").save_pretrained("…"), or pass tokenizer= with a model.'
+        )
 
 
 def _card_text(card: ModelCard | str | None, model: PreTrainedModel, folder: Path) -> str:

@@ -195,7 +195,11 @@ def pack(
     packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
     config = pack_modules(packed.eval(), layers, tables, config)
     if fold_batch_norm:
-        config.folded = [name_in_base(packed, name) for chain in foldable(model) for name in fold(packed, chain)]
+        binary_inputs = {
+            name for name, layer in layers.items() if getattr(layer, "activation_scale", None) is not None
+        }
+        chains = foldable(model, layers, binary_inputs)
+        config.folded = [name_in_base(packed, name) for chain in chains for name in fold(packed, chain)]
     if dtype is not None:
         packed.to(dtype)
         packed.config.dtype = dtype
@@ -269,9 +273,9 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     """Makes a latent, fully frozen model out of a packed one, to go on training it: the inverse of [`pack`].
 
     The latent weights are `scale · sign`, and embedding tables have the values they were rounded to; what they were
-    before packing is gone. To train it with everything
-    frozen, set `model.config.quantization_config.progression = "none"`; another progression opens it again. Packing
-    again gives the same bits, and the same scales up to float rounding. The model passed in is not changed.
+    before packing is gone, so that all of a row are equally far from turning. To train it with everything frozen, set
+    `model.config.quantization_config.progression = "none"`; another progression opens it again. Packing again gives
+    the same bits, and the same scales up to float rounding. The model passed in is not changed.
 
     Raises:
         ValueError: The model is not packed, or batch norms were folded when it was.

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
-from hf_stompp.folding import remove
+from hf_stompp.folding import FOLDED, remove
 from hf_stompp.layers import BINARY_INPUT, PACKED, PackedEmbedding, PackedLayer
 from hf_stompp.patching import (
     binarize,
@@ -31,7 +31,7 @@ from hf_stompp.patching import (
 )
 from hf_stompp.rewiring import rewire, rewires
 from hf_stompp.selection import tied_modules
-from hf_stompp.soundness import check_layout, check_packed, check_shape, check_table
+from hf_stompp.soundness import check_entry, check_layout, check_packed, check_shape, check_table
 from hf_stompp.tracing import LAYERS
 
 logger = logging.get_logger(__name__)
@@ -184,6 +184,7 @@ def _packed_modules(
     listed: dict[str, bool] = {}
     tables: dict[str, int] = {}
     for key, entry in config.modules.items():
+        check_entry(key, entry)
         kind = nn.Embedding if "bits" in entry else LAYERS
         name = _named(model, key, kind)
         if name is not None and kind is nn.Embedding:
@@ -213,12 +214,12 @@ def _packed_modules(
 
 
 def _folded_modules(model: PreTrainedModel, config: BinarizationConfig) -> list[str]:
-    names = {key: _named(model, key, nn.Module) for key in config.folded}
+    names = {key: _named(model, key, FOLDED) for key in config.folded}
     for key, name in names.items():
         if name is None:
             raise ValueError(
-                f"quantization_config.folded in config.json lists {key}, which {type(model).__name__} does not have: "
-                "the config is of another model, or corrupted. Save or download it again."
+                f"quantization_config.folded in config.json lists {key!r}, which is no batch norm or ReLU of "
+                f"{type(model).__name__}: the config is of another model, or corrupted. Save or download it again."
             )
     return [name for name in names.values() if name]
 

@@ -36,7 +36,8 @@ def read_split(
         config (`str`, *optional*): Which of its configs.
         split (`str`): The split.
         dataset_dir (`str` or `Path`, *optional*): A folder of parquet files, `<dir>/<config>/` or `<dir>/`, holding
-            `<split>.parquet` or the Hub's `<split>-00000-of-00001.parquet` …; without it the data is the Hub's.
+            `<split>.parquet` or the Hub's `<split>-00000-of-00001.parquet` …, or of images, `<split>/<class>/*.png` …;
+            without it the data is the Hub's.
 
     Returns:
         `datasets.Dataset`: Its rows.
@@ -53,7 +54,10 @@ def read_split(
     from datasets import load_dataset
 
     if dataset_dir is not None:
-        files = [str(file) for file in _split_files(dataset, config, split, Path(dataset_dir))]
+        if (Path(dataset_dir) / split).is_dir():
+            images = str(Path(dataset_dir) / split / "**")
+            return load_dataset("imagefolder", data_files={split: images}, split=split)
+        files = [str(file) for file in _split_files(config, split, Path(dataset_dir))]
         return load_dataset("parquet", data_files={split: files}, split=split)
     try:
         return load_dataset(dataset, config, split=split)
@@ -64,21 +68,24 @@ def read_split(
         ) from error
 
 
-def _split_files(dataset: str | None, config: str | None, split: str, folder: Path) -> list[Path]:
+def _split_files(config: str | None, split: str, folder: Path) -> list[Path]:
     if not folder.is_dir():
         inside = f"{config}/{split}.parquet or {split}.parquet" if config else f"{split}.parquet"
         raise FileNotFoundError(
-            f"dataset_dir: received {str(folder)!r}, which is not a folder. Pass a folder with {inside} in it, or "
-            f"leave --dataset_dir out to load {dataset} from the Hub."
+            f"dataset_dir: received {str(folder)!r}, which is not a folder. Pass one with {inside} in it, or of "
+            f"images {split}/<class>/*.png; or leave it out to load the data from the Hub."
         )
     home = folder / config if config and (folder / config).is_dir() else folder
     single = home / f"{split}.parquet"
     files = [single] if single.is_file() else sorted(home.glob(f"{split}-[0-9]*-of-[0-9]*.parquet"))
     if not files:
-        found = ", ".join(sorted(file.name for file in home.glob("*.parquet"))) or "no parquet file at all"
+        found = sorted(file.name for file in home.glob("*.parquet"))
+        found += sorted(f"{path.name}/" for path in home.iterdir() if path.is_dir())
+        holds = ", ".join(found) or "no parquet file at all"
         raise FileNotFoundError(
-            f"dataset_dir: {str(home)!r} has no split {split!r} of {config or dataset}; it holds {found}. "
-            f"Add {split}.parquet or {split}-00000-of-00001.parquet."
+            f"dataset_dir: {str(home)!r} has no split {split!r}; it holds {holds}. Add "
+            f"{split}.parquet or {split}-00000-of-00001.parquet, or of images the folders {split}/<class>/; or "
+            "name another split."
         )
     return files
 
@@ -160,7 +167,7 @@ class Scorer:
         if not (isinstance(result.dataset_args, Mapping) and result.dataset_args.get("columns")):
             return "the card does not say which columns the model reads"
         if self.dataset_dir is None and hub_id(result.dataset_type) is None:
-            return f"its data, {result.dataset_type!r}, is not on the Hub; pass dataset_dir"
+            return f"its data, {result.dataset_type!r}, is not on the Hub; pass dataset_dir, a folder of the same data"
         return self._unsafe(result) if self.metric is None else ""
 
     def _unsafe(self, result: EvalResult) -> str:

@@ -3,10 +3,12 @@
 Nothing is read off names: what the model executes on meta tensors says it (see `tracing`).
 """
 
+import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
@@ -42,8 +44,9 @@ def embedding_tables(model: PreTrainedModel) -> dict[str, str]:
 
 def _tables(model: PreTrainedModel, found: Trace) -> dict[str, str]:
     tied = tied_modules(model)
-    # A vision model looks nothing up, and its embeddings are no table.
-    width = model.get_input_embeddings().embedding_dim if found.tables else None
+    # What a vision model looks up, as positions, is no input of it.
+    of_tokens = found.tables and model.main_input_name == "input_ids"
+    width = model.get_input_embeddings().embedding_dim if of_tokens else None
     reasons = {}
     for call in found.tables:
         table = model.get_submodule(call.name)
@@ -89,9 +92,13 @@ def _heads(model: PreTrainedModel) -> set[str]:
 def _shortcuts(model: PreTrainedModel, found: Trace) -> set[str]:
     """The convolutions that stand beside others: of two branches that are added, and neither of which comes out of the
     other, the one that takes what other layers take too; if both take the same, the one with the smaller kernel."""
+
+    def source(call: Call) -> Tensor:  # also where one of them takes it pooled, as in a ResNet-D
+        return found.unpooled.get(id(call.input), call.input)
+
     users: dict[int, set[str]] = defaultdict(set)
     for call in found.layers:
-        users[id(call.input)].add(call.name)
+        users[id(source(call))].add(call.name)
 
     def area(call: Call) -> int:
         height, width = model.get_submodule(call.name).kernel_size
@@ -107,8 +114,8 @@ def _shortcuts(model: PreTrainedModel, found: Trace) -> set[str]:
         if comes_out_of(one, other) or comes_out_of(other, one):
             continue
         small, large = sorted((one, other), key=area)
-        beside = [call for call in (one, other) if len(users[id(call.input)]) > 1]
-        if one.input is other.input:
+        beside = [call for call in (one, other) if len(users[id(source(call))]) > 1]
+        if source(one) is source(other):
             beside = [small] if area(small) < area(large) else []
         shortcuts |= {call.name for call in beside if len(beside) == 1}
     return shortcuts
@@ -124,6 +131,7 @@ def _roles(model: PreTrainedModel, found: Trace, units: dict[str, int]) -> dict[
         elif isinstance(layer, CONVOLUTIONS) and layer.groups == layer.in_channels > 1:
             roles[call.name] = "depthwise"
     roles |= dict.fromkeys(_shortcuts(model, found), "shortcut")
+    roles |= dict.fromkeys((call.name for call in found.layers if call.constant), "constant")
     return roles | dict.fromkeys(_stem(model, units) if units else (), "stem")
 
 
@@ -146,6 +154,7 @@ _SKIPPED = {
     "shortcut": "a shortcut around other layers",
     "depthwise": "depthwise: few weights, all of a channel",
     "gate": "a gate: takes averages of whole images",
+    "constant": "takes no input of the model, but constants, as coordinates",
     "tied": "its weight is tied to another tensor",
     "unused": "not executed by the base model",
 }
@@ -227,9 +236,16 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
         raise ValueError(
             f"BinarizationConfig selects none of the {len(plans)} layers and embedding tables of "
             f"{type(model).__name__} (include={config.include}, exclude={config.exclude}). Only nn.Linear and "
-            "nn.Conv2d are binarized; GPT-2's Conv1D is not."
+            f"nn.Conv2d themselves are binarized, not what is made after them{_left_alone(model)}."
         )
     return _number_units(plans)
+
+
+def _left_alone(model: PreTrainedModel) -> str:
+    """The classes of layers that are of other kinds, in brackets."""
+    names = {type(module).__name__ for module in model.modules() if type(module) not in LAYERS + TABLES}
+    names = {name for name in names if re.search("Linear|Conv", name) and not re.search("Layer|Block|Stage", name)}
+    return f" ({', '.join(sorted(names)[:5])})" if names else ""
 
 
 def _number_units(plans: list[LayerPlan]) -> list[LayerPlan]:

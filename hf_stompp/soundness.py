@@ -1,12 +1,36 @@
 """What the tensors and the config of a packed checkpoint must be; what is not so is refused by name."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.folding import foldable
 from hf_stompp.layers import PACKED, PackedEmbedding, PackedLayer
 from hf_stompp.packing import packed_length
+from hf_stompp.patching import name_in_base
+from hf_stompp.rewiring import rewire, rewires
+
+
+def check_entry(key: str, entry: Any) -> None:
+    """Refuses what is no entry of `config.modules`."""
+    kinds = ({"bits"}, {"unit", "bits"}, {"unit", "levels"}, {"unit", "levels", "shape"})
+    right = isinstance(entry, dict) and set(entry) in kinds
+    for field, allowed in (
+        ("unit", range(1 << 16)),
+        ("bits", (1, 4, 8, 16)),
+        ("levels", (None, "signed", "unsigned")),
+    ):
+        right = right and entry.get(field, allowed[0]) in allowed
+    if not right:
+        raise ValueError(
+            f"quantization_config.modules[{key!r}] in config.json is {entry!r}; allowed: unit, a number, with levels, "
+            "'signed', 'unsigned' or null, and of a convolution shape; or bits of a table, 1, 4, 8 or 16. The config "
+            "is corrupted: save or download it again."
+        )
 
 
 def check_shape(name: str, layer: nn.Module, entry: dict[str, Any]) -> None:
@@ -34,6 +58,32 @@ def _layout(module: nn.Module, binary_input: bool, bits: int) -> dict[str, tuple
     if binary_input:
         layout |= {"activation_threshold": ("F32", [shape.input_features]), "activation_levels": ("F32", [2])}
     return layout
+
+
+def check_folded(packed: PreTrainedModel) -> None:
+    """Refuses a packed model whose `config.folded` is not of whole chains."""
+    config: BinarizationConfig = packed.config.quantization_config
+    if not config.folded:
+        return
+    plain = copy.deepcopy(packed.config)
+    del plain.quantization_config
+    with torch.device("meta"):
+        model = type(packed)(plain)
+    names = {name_in_base(model, name): name for name, _ in model.named_modules()}
+    layers = {names[key]: entry for key, entry in config.modules.items() if key in names}
+    if rewires(config):
+        rewire(model, set(layers), config)
+    chains = foldable(model, layers, {name for name, entry in layers.items() if entry.get("levels")})
+    expected: set[str] = set()
+    for chain in chains:
+        whole = {name_in_base(model, name) for name in (chain.norm, chain.activation) if name}
+        expected |= whole if whole & set(config.folded) else set()
+    wrong = sorted(expected.symmetric_difference(config.folded))
+    if wrong:
+        raise ValueError(
+            f"quantization_config.folded in config.json is wrong about {wrong[0]}: what packing folds is a batch norm "
+            "between two binary convolutions, with the ReLU after it. It is corrupted: save or download it again."
+        )
 
 
 def check_layout(name: str, module: nn.Module, tensors: dict[str, tuple[str, list[int]]], bits: int) -> None:

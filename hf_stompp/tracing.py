@@ -3,7 +3,7 @@ arithmetic), and watched."""
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,8 @@ class Call:
     output: Tensor
     after: "Call | None" = None
     """The layer that its input comes out of, as in [`Trace`]'s `branch`."""
+    constant: bool = False
+    """Whether its input does not depend on what the model is given, nor on embeddings of its own."""
 
 
 class Trace(TorchDispatchMode):
@@ -70,16 +72,23 @@ class Trace(TorchDispatchMode):
 
     Attributes:
         layers, activations, norms, tables (`list[Call]`): In the order of execution; the norms are batch norms.
-        source (`dict[int, Tensor]`): id of a tensor → the half-rectified tensor whose values it has.
+        source (`dict[int, Tensor]`): id of a tensor → the half-rectified tensor whose values, or averages, it has.
         branch (`dict[int, Call]`): id of a tensor → the layer that it comes out of, by nothing but a norm, an
             activation and a gate.
         sums (`list[tuple[Call, Call]]`): The pairs of such layers whose outputs are added.
         pooled (`set[int]`): ids of images of one pixel, made by averaging, and of what is computed of them alone.
         readers (`Counter[int]`): id of a tensor → how many operations and layers take it.
+        unpooled (`dict[int, Tensor]`): id of a tensor → what it was before it was made smaller by pooling.
+
+    Args:
+        roots (`Iterable[Tensor]`): What a layer's input must depend on: what the model is given and its parameters,
+            but for those of the layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, roots: Iterable[Tensor]) -> None:
         super().__init__()
+        self.rooted: set[int] = {id(root) for root in roots}
+        self.unpooled: dict[int, Tensor] = {}
         self.layers: list[Call] = []
         self.activations: list[Call] = []
         self.norms: list[Call] = []
@@ -98,6 +107,8 @@ class Trace(TorchDispatchMode):
         if not self._in_layer:
             self.readers.update(id(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
         out = func(*args, **(kwargs or {}))
+        if any(id(leaf) in self.rooted for leaf in tree_leaves((args, kwargs))):
+            self.rooted |= {id(leaf) for leaf in tree_leaves(out)}
         result = out[0] if isinstance(out, tuple) and out else out
         if isinstance(result, Tensor):
             self._alive.append(result)
@@ -115,12 +126,14 @@ class Trace(TorchDispatchMode):
         half_rectified = op in _HALF_RECTIFIED_OPS or (op is _aten.hardtanh and len(args) > 1 and args[1] == 0)
         if half_rectified:
             self.source[id(result)] = result
-        elif op in _SAME_VALUES_OPS and source is not None:
+        elif (op in _SAME_VALUES_OPS or op in _POOLS) and source is not None:
             self.source[id(result)] = source
         elif op is _aten.mul and source is not None and id(args[1]) in self.source:  # a gate
             self.source[id(result)] = result
         if branch is not None and (half_rectified or op in _NORMS or op in _SAME_VALUES_OPS or op is _aten.mul):
             self.branch[id(result)] = branch
+        if op in _POOLS or op is _aten.max_pool2d_with_indices:
+            self.unpooled[id(result)] = self.unpooled.get(first, args[0])
         if result.dim() == 4 and result.shape[2:] == (1, 1) and (op in _POOLS or first in self.pooled):
             self.pooled.add(id(result))
 
@@ -135,7 +148,7 @@ class Trace(TorchDispatchMode):
         calls = next(calls for types, calls in kinds if isinstance(module, types))
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            call = Call(name, args[0], output, self.branch.get(id(args[0])))
+            call = Call(name, args[0], output, self.branch.get(id(args[0])), id(args[0]) not in self.rooted)
             calls.append(call)
             if isinstance(module, _HALF_RECTIFIED_MODULES):
                 self.source[id(output)] = output
@@ -170,9 +183,10 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     if model.main_input_name == "pixel_values":
         # What timm's models are made for, which their config does not say.
         made_for = getattr(model.base_model, "pretrained_cfg", {}).get("input_size", (3, 64, 64))
-        size = getattr(model.config, "image_size", made_for[1:])
+        config = getattr(model.config, "vision_config", model.config)
+        size = getattr(config, "image_size", made_for[1:])
         height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(model.config, "num_channels", made_for[0])
+        channels = getattr(config, "num_channels", made_for[0])
         return {"pixel_values": torch.zeros(1, channels, height, width, dtype=model.dtype, device="meta")}
     raise ValueError(
         f"{type(model).__name__} takes {model.main_input_name!r}; hf_stompp can trace models of 'input_ids' or "
@@ -187,12 +201,14 @@ def trace(model: PreTrainedModel, with_head: bool = False) -> Trace:
         ValueError: It cannot be run so.
     """
     copied = skeleton(model)
-    with ExitStack() as hooks, torch.no_grad(), Trace() as found:
+    inputs = example_inputs(copied)
+    owned = {id(p) for module in copied.modules() if isinstance(module, LAYERS) for p in module.parameters(False)}
+    roots = [*inputs.values(), *(p for p in copied.parameters() if id(p) not in owned)]
+    with ExitStack() as hooks, torch.no_grad(), Trace(roots) as found:
         for name, module in copied.named_modules():
             if isinstance(module, (*LAYERS, *TABLES, *_ACTIVATION_MODULES, _BatchNorm)):
                 for handle in found.watch(name, module):
                     hooks.callback(handle.remove)
-        inputs = example_inputs(copied)
         try:
             if with_head:
                 copied(**inputs)
@@ -200,9 +216,11 @@ def trace(model: PreTrainedModel, with_head: bool = False) -> Trace:
                 copied.base_model(**inputs)
             else:  # one of timm, head and all, in a wrapper
                 copied.base_model(*inputs.values())
-        except (NotImplementedError, RuntimeError, TypeError) as error:
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
             raise ValueError(
-                f"{type(model).__name__} could not be run on its meta skeleton, so its layers have no order: {error}"
+                f"{type(model).__name__} could not be run on its meta skeleton, with {given}, so its layers have no "
+                f"order: {error}"
             ) from error
     return found
 
@@ -219,7 +237,12 @@ def activations_feeding(model: PreTrainedModel, names: set[str]) -> list[str]:
 
 
 def norms_after(model: PreTrainedModel) -> dict[str, str]:
-    """Layer → the batch norm that its output goes into first."""
+    """Layer → the batch norm that its output goes into, and nowhere else."""
     found = trace(model)
-    layers = {id(call.output): call.name for call in found.layers}
-    return {layers[id(call.input)]: call.name for call in found.norms if id(call.input) in layers}
+    calls = Counter(call.name for call in found.layers + found.norms)
+    layers = {id(call.output): call.name for call in found.layers if calls[call.name] == 1}
+    return {
+        layers[id(call.input)]: call.name
+        for call in found.norms
+        if id(call.input) in layers and found.readers[id(call.input)] == 1 and calls[call.name] == 1
+    }

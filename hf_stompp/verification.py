@@ -27,6 +27,7 @@ from hf_stompp.config import BinarizationConfig
 from hf_stompp.figures import Figures
 from hf_stompp.results import Scored
 from hf_stompp.scoring import MissingExtra, Scorer, require_extra
+from hf_stompp.soundness import check_folded
 
 _CARD = "README.md"
 _QUANTIZATION = "quantization_config"
@@ -226,6 +227,7 @@ class _Subject:
         # Each weight takes a bit of the files at least; twice that, because packed ones are registered twice.
         with _bounded(2 * 8 * self.bytes):
             self.model = load_complete(self.folder)
+        check_folded(self.model)
         return f"{type(self.model).__name__} loads, with nothing missing"
 
     def check_resaved(self) -> str:
@@ -335,9 +337,8 @@ def _check_module(
     expected: dict[str, Any] = {"unit": unit, "bits": 1} if "unit" in entry else {"bits": config.embedding_bits}
     if "bits" not in entry:
         sign = None if levels is None else "unsigned" if levels.flatten()[0] == 0 else "signed"
-        expected = {"unit": unit, "levels": sign} | {
-            k: v for k, v in entry.items() if k == "shape"
-        }  # loading checks it
+        expected = {"unit": unit, "levels": sign}
+        expected |= {key: value for key, value in entry.items() if key == "shape"}  # loading checks it
         if config.activations != (levels is not None):
             raise ValueError(f"{_QUANTIZATION} has activations={config.activations}, but {name} is not like that.")
     if json.dumps(entry, sort_keys=True) != json.dumps(expected, sort_keys=True):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.utils.data
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL.Image import Image as PILImage
 from PIL.Image import fromarray
 from sklearn.datasets import load_digits
@@ -95,9 +95,6 @@ def load_task(
 def _read(name: str | None, config: str | None, split: str, dataset_dir: str | Path | None) -> Dataset:
     if dataset_dir is None and name == "digits":
         return digits(split)
-    if dataset_dir is not None and (Path(dataset_dir) / split).is_dir():
-        files = {split: str(Path(dataset_dir) / split / "**")}
-        return load_dataset("imagefolder", data_files=files, split=split)
     return read_split(name, config, split, dataset_dir)
 
 

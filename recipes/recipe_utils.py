@@ -52,7 +52,7 @@ def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[
 
     Raises:
         FileNotFoundError: there is no such YAML file.
-        ValueError: it is not a flat mapping, or one of its keys is no flag.
+        ValueError: it is not a flat mapping, or one of its keys, or a flag, is unknown.
 
     Example:
 
@@ -69,7 +69,15 @@ def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[
         parser.set_defaults(**{key: None for key, value in values.items() if value is None})
         for key, value in values.items():
             from_file += _as_flags(key, value)
-    return parser.parse_args_into_dataclasses([*from_file, *argv], look_for_args_file=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        raise ValueError(
+            f"{unknown[0]} is not a flag of this recipe. {_hint(unknown[0].lstrip('-').split('=')[0], known)}"
+        )
+    return tuple(parsed)
 
 
 def _read_yaml(path: Path, flags: set[str]) -> dict[str, Any]:
@@ -80,10 +88,13 @@ def _read_yaml(path: Path, flags: set[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: received {values!r}; a recipe is a flat mapping of flags, `learning_rate: 1e-4`.")
     for key in values:
         if key not in flags:
-            close = difflib.get_close_matches(str(key), flags, n=3)
-            hint = f"Did you mean {' or '.join(close)}?" if close else "Run the script with --help to see them all."
-            raise ValueError(f"{path}: the key {key!r} is not a flag of this recipe. {hint}")
+            raise ValueError(f"{path}: the key {key!r} is not a flag of this recipe. {_hint(str(key), flags)}")
     return values
+
+
+def _hint(name: str, flags: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, flags, n=3)
+    return f"Did you mean {' or '.join(close)}?" if close else "Run the script with --help to see them all."
 
 
 def _as_flags(key: str, value: Any) -> list[str]:
@@ -251,9 +262,7 @@ def describe(recipe: Any, config: BinarizationConfig | None, args: TrainingArgum
     return {"recipe": vars(recipe), **training_facts(args, config)}
 
 
-def report(
-    results: dict[str, Any], folder: Path, dataset: str | None, command: Sequence[str], split: str = "validation"
-) -> None:
+def report(results: dict[str, Any], folder: Path, dataset: str | None, command: Sequence[str]) -> None:
     """Write `results.json`, print its rows, and write the model card of the packed model, if there is one.
 
     Args:
@@ -261,7 +270,6 @@ def report(
         folder: Its `output_dir`.
         dataset: Hub id of the data.
         command: The script and its flags; local paths are left out of the card.
-        split: What was scored.
     """
     write_json(folder / "results.json", results)
     print(format_table(results["rows"]))
@@ -273,11 +281,11 @@ def report(
             packed,
             results=results,
             dataset=dataset,
-            split=split,
             base_model=base_model,
             command=publishable(command),
         )
         card.save(packed / "README.md")
+        print(f"The packed model, with its card, is in {packed}: look at it with `hf-stompp summary {packed}`.")
 
 
 def publishable(command: Sequence[str]) -> str:

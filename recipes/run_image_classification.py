@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -64,7 +65,10 @@ class RecipeArguments(CommonArguments):
         default=None, metadata={"help": "Fields of the model's config: JSON; in YAML a mapping."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side in pixels of what the model sees; without it that of the first image."}
+        default=None,
+        metadata={
+            "help": "Side in pixels of what the model sees; without it the model's own, or that of the first image."
+        },
     )
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Of red, green, blue in [0, 1]; without it the pretrained model's, or 0.5."}
@@ -75,6 +79,12 @@ class RecipeArguments(CommonArguments):
         metadata={
             "help": "crop: move by up to an eighth of the side; flip: mirror half; resized_crop: a random part, "
             "enlarged, and of what is evaluated the centre."
+        },
+    )
+    batch_norm_momentum: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of a batch in the running statistics; without it the model's own (MobileNets: 0.997)."
         },
     )
     channels_last: bool = field(default=False, metadata={"help": "Memory format of the model; often faster."})
@@ -96,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             (recipe.image_column, recipe.label_column),
             (recipe.max_train_samples, recipe.max_eval_samples),
         )
-        transforms = make_transforms(recipe, task)
+        transforms = make_transforms(recipe, task, load_config(recipe, task.labels))
         train_data = Images(task.train, task.columns, transforms.train, args.seed)
         eval_data = Images(task.evaluation, task.columns, transforms.evaluate)
     trainer = Trainer(
@@ -118,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     results = {**describe(recipe, binarization, args), **scoring, **training, "rows": rows}
     if trainer.is_world_process_zero():
         command = ["recipes/run_image_classification.py", *argv]
-        report(results, Path(args.output_dir), recipe.dataset_name, command, recipe.eval_split)
+        report(results, Path(args.output_dir), recipe.dataset_name, command)
         first = task.evaluation[0]
         predicted = pipeline("image-classification", model=str(folder))(first[image_column], top_k=1)
         print(f"The first image, of class {task.labels[first[label_column]]!r}, is classified as {predicted}")
@@ -141,6 +151,11 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
         )
     if recipe.image_size is not None and recipe.image_size < 1:
         raise ValueError(f"image_size: received {recipe.image_size}; allowed: 1 or more, as in --image_size 64.")
+    if recipe.batch_norm_momentum is not None and not 0 < recipe.batch_norm_momentum <= 1:
+        raise ValueError(
+            f"batch_norm_momentum: received {recipe.batch_norm_momentum}; allowed: above 0, up to 1, as in "
+            "--batch_norm_momentum 0.1."
+        )
     for name in ("image_mean", "image_std"):
         values = getattr(recipe, name)
         if values is not None and len(values) != 3:
@@ -148,14 +163,31 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
     refuse_best_checkpoint(args)
 
 
-def make_transforms(recipe: RecipeArguments, task: ImageTask) -> Transforms:
-    """As the flags say; what they leave open is the pretrained model's, then that of the images."""
+def make_transforms(recipe: RecipeArguments, task: ImageTask, config: PreTrainedConfig) -> Transforms:
+    """As the flags say; what they leave open is the model's, then that of the images."""
     mean, std = recipe.image_mean, recipe.image_std
     if recipe.model_name_or_path is not None and None in (mean, std):
-        processor = AutoImageProcessor.from_pretrained(recipe.model_name_or_path)
-        mean, std = mean or processor.image_mean, std or processor.image_std
-    size = recipe.image_size or task.train[0][task.columns[0]].height
+        found = pretrained_statistics(recipe.model_name_or_path)
+        mean, std = mean or found[0], std or found[1]
+    made_for = getattr(config, "image_size", None)  # a ResNet takes any size, a ViT the one that it was made for
+    made_for = made_for if isinstance(made_for, int) else None
+    size = recipe.image_size or made_for or task.train[0][task.columns[0]].height
     return Transforms(size, mean or [0.5] * 3, std or [0.5] * 3, recipe.augmentation)
+
+
+def pretrained_statistics(source: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of red, green and blue that a pretrained model's image processor takes off."""
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type == "timm_wrapper":  # whose image processor has no such fields
+        return config.pretrained_cfg["mean"], config.pretrained_cfg["std"]
+    settings = AutoImageProcessor.from_pretrained(source).to_dict()
+    mean, std = settings.get("image_mean"), settings.get("image_std")
+    if not settings.get("do_normalize") or settings.get("do_flip_channel_order") or mean is None or std is None:
+        raise ValueError(
+            f"model_name_or_path: the image processor of {source!r} does not normalize red, green and blue as "
+            "(x - mean) / std, as this recipe does. Pass --image_mean and --image_std to train it on such inputs."
+        )
+    return list(mean), list(std)
 
 
 def load_model(
@@ -172,6 +204,10 @@ def load_model(
         model = AutoModelForImageClassification.from_config(config)
         if binarization:
             model = binarize(model, binarization)
+    if recipe.batch_norm_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = recipe.batch_norm_momentum
     return model.to(memory_format=torch.channels_last) if recipe.channels_last else model
 
 

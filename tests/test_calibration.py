@@ -315,3 +315,26 @@ def test_every_layer_of_other_architectures_is_calibrated(
         assert layer.activation_scale.item() == pytest.approx(scale, rel=1e-3), name
         assert layer.calibrated
     torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_norm_that_is_not_alone_makes_up_for_nothing() -> None:
+    """What else takes the layer's output would miss what the shift took from it: the layer keeps its shift."""
+
+    class PreActivation(Chain):
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            x = self.plain(torch.tanh(self.stem(pixel_values)))
+            return x + self.plain_norm(x)
+
+    model = binarize(PreActivation().eval(), FULL_PRECISION)
+    before = copy.deepcopy(model.plain_norm)
+    calibrate(model, {"pixel_values": torch.randn(4, 3, 16, 16)})
+    assert not model.plain.activation_shift.any()
+    assert torch.equal(model.plain_norm.running_mean, before.running_mean)
+
+
+def test_an_image_of_one_pixel_is_refused(tiny_vision_model: Factory) -> None:
+    model = binarize(tiny_vision_model("resnet-18"), BinarizationConfig())
+    with pytest.raises(
+        ValueError, match="calibrate takes the statistics of the batch, .* give it more images, or larger"
+    ):
+        calibrate(model, {"pixel_values": torch.randn(1, 3, 8, 8)})

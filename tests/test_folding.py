@@ -1,6 +1,7 @@
 """Batch norms that `pack` leaves out: which, and that not one bit changes."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, RegNetConfig, ResNetConfig
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, RegNetConfig, ResNetConfig
 
-from hf_stompp import BinarizationConfig, binarize, calibrate, pack, unpack
+from hf_stompp import BinarizationConfig, binarize, calibrate, pack, unpack, verify
 from hf_stompp.folding import _smallest_reaching
 from hf_stompp.patching import binary_layers, packed_layers
 
@@ -157,7 +158,9 @@ def test_a_folded_module_that_the_model_does_not_have_is_refused(
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["folded"][0] = "encoder.norm"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"folded in config.json lists encoder.norm, which ResNetForImage"):
+    with pytest.raises(
+        ValueError, match=r"folded in config.json lists .encoder.norm., which is no batch norm or ReLU of ResNet"
+    ):
         AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
@@ -166,3 +169,65 @@ def test_the_latent_model_is_not_changed(frozen: Callable[..., nn.Module]) -> No
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert packed_layers(pack(model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Tower(PreTrainedModel):
+    """A convolution that is executed twice, on what comes out of two batch norms; and one before a norm and a sum."""
+
+    config_class = PreTrainedConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "tower"
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.one, self.two = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.norm_one, self.norm_two = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.stem(pixel_values)
+        return self.shared(self.norm_one(self.one(x))) + self.shared(self.norm_two(self.two(x)))
+
+
+def test_a_norm_before_a_convolution_that_is_executed_twice_stays() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Tower(PreTrainedConfig()).eval()
+    for norm, value in ((model.norm_one, 0.5), (model.norm_two, -0.5)):
+        norm.running_mean.fill_(value)
+    binarize(model, BinarizationConfig())
+    for layer in binary_layers(model).values():
+        layer.set_frozen(1.0, step=1)
+    packed = pack(model)
+    assert not packed.config.quantization_config.folded
+    with torch.no_grad():
+        assert torch.equal(packed(pixels(2, 3, 9, 9)), model(pixels(2, 3, 9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: [*names, "encoder.stages.1.layers.1.activation"], "wrong about encoder.stages.1.layers.1"),
+        (lambda names: [name for name in names if "activation" not in name], "wrong about .*activation"),
+        (lambda names: [*names, "embedder.pooler"], "lists 'embedder.pooler', which is no batch norm or ReLU"),
+        (lambda names: [*names, ""], "lists '', which is no batch norm or ReLU"),
+        (lambda names: 5, "folded is 5; allowed: a list of names"),
+        (lambda names: [5], "folded is .5.; allowed: a list of names"),
+    ],
+)
+def test_verify_refuses_other_modules_than_what_is_folded(
+    change: Any, message: str, frozen: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    pack(frozen("basic")).save_pretrained(tmp_path)
+    assert verify(tmp_path).ok
+    config = json.loads((tmp_path / "config.json").read_text())
+    quantization = config["quantization_config"]
+    quantization["folded"] = change(quantization["folded"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    failed = [check.message for check in verify(tmp_path).checks if check.status == "failed"]
+    assert failed and re.search(message, failed[0])

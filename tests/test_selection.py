@@ -5,12 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    BitConfig,
+    BitForImageClassification,
+    CLIPForImageClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2Model,
+    PreTrainedConfig,
     PreTrainedModel,
+    SiglipForImageClassification,
+    Swinv2Config,
+    Swinv2ForImageClassification,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -269,7 +276,7 @@ def test_selecting_nothing_is_refused(tiny_model: ModelFactory) -> None:
 @pytest.mark.parametrize("model_class", [GPT2Model, GPT2ForSequenceClassification])
 def test_a_model_without_linear_layers_is_refused(model_class: type[PreTrainedModel]) -> None:
     model = model_class(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=16))
-    with pytest.raises(ValueError, match=r"GPT-2's Conv1D"):
+    with pytest.raises(ValueError, match=r"not what is made after them \(Conv1D\)"):
         select(model, BinarizationConfig())
 
 
@@ -361,3 +368,60 @@ def test_a_vision_transformer_has_no_tables() -> None:
 def test_a_table_is_a_weight(tiny_model: ModelFactory) -> None:
     with pytest.raises(ValueError, match="word_embeddings', which cannot be binarized: weights=False"):
         select(tiny_model("bert"), BinarizationConfig(weights=False, include=["*.word_embeddings"]))
+
+
+def test_what_takes_constants_alone_is_kept() -> None:
+    """Swin-v2 makes its position biases from coordinates, and reads the dtype of that layer's weight when it loads."""
+    config = Swinv2Config(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    roles = {plan.name: plan.role for plan in select(Swinv2ForImageClassification(config), BinarizationConfig())}
+    of_positions = {name: role for name, role in roles.items() if "continuous_position_bias_mlp" in name}
+    assert len(of_positions) == 4 and set(of_positions.values()) == {"constant"}
+    assert "constant" not in {role for name, role in roles.items() if name not in of_positions}
+
+
+@pytest.mark.parametrize("kind", [CLIPForImageClassification, SiglipForImageClassification])
+def test_a_vision_model_with_a_table_of_positions(kind: type[PreTrainedModel]) -> None:
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = kind.config_class(vision_config={**vision, "image_size": 32, "patch_size": 16}, num_labels=3)
+    roles = {plan.key: plan.role for plan in select(kind(config), BinarizationConfig())}
+    assert [key for key, role in roles.items() if role == "table"] == ["vision_model.embeddings.position_embedding"]
+    assert roles["vision_model.embeddings.patch_embedding"] == "stem"
+    assert roles["vision_model.encoder.layers.0.mlp.fc1"] == "encoder"
+
+
+class Residual(PreTrainedModel):
+    """A block as in a ResNet-D, whose shortcut takes the average of what the others take; then a head on averages."""
+
+    config_class = PreTrainedConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "residual"
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.one = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.pool, self.down = nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(8, 8, 1)
+        self.act, self.after = nn.ReLU(), nn.Linear(8, 4)
+        self.post_init()
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.act(self.stem(pixel_values))
+        x = self.act(self.two(self.act(self.one(x))) + self.down(self.pool(x)))
+        return self.after(x.mean(dim=(2, 3)))
+
+
+def test_a_shortcut_may_take_averages() -> None:
+    plans = {plan.name: plan for plan in select(Residual(PreTrainedConfig()), BinarizationConfig())}
+    roles = {name: plan.role for name, plan in plans.items()}
+    assert roles == {"stem": "stem", "one": "encoder", "two": "encoder", "down": "shortcut", "after": "encoder"}
+    assert plans["down"].unsigned and plans["after"].unsigned  # averages of what is not negative
+
+
+def test_the_error_names_layers_that_are_no_plain_ones() -> None:
+    model = BitForImageClassification(BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4))
+    with pytest.raises(ValueError, match="not what is made after them .*WeightStandardizedConv2d"):
+        select(model, BinarizationConfig())

@@ -76,10 +76,10 @@ def test_unknown_task() -> None:
 
 
 def test_missing_folder_and_split(tmp_path: Path, write_split: Write) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere', which is not a folder. Pass a folder with sst2/train"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere', which is not a folder. Pass one with sst2/train"):
         load_task("sst2", tmp_path / "nowhere")
     folder = write_split("sst2/train.parquet", sentence=["a"], label=[0])
-    with pytest.raises(FileNotFoundError, match=r"no split 'validation' of sst2; it holds train.parquet. Add"):
+    with pytest.raises(FileNotFoundError, match=r"no split 'validation'; it holds train.parquet. Add"):
         load_task("sst2", folder)
 
 

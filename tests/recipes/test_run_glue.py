@@ -127,7 +127,7 @@ def test_synthetic_demo_ends_with_a_prediction(tmp_path: Path, capsys: pytest.Ca
 def test_wrong_input_stops_before_anything_is_loaded(run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"received 'sst3'; allowed: .*synthetic. Did you mean 'sst2'"):
         run("sst3", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no split 'train' of sst2; it holds no parquet file at all"):
+    with pytest.raises(FileNotFoundError, match="no split 'train'; it holds no parquet file at all"):
         run("sst2", tmp_path)
     with pytest.raises(ValueError, match="dataset_dir: received .* synthetic has no files"):
         run("synthetic", tmp_path)

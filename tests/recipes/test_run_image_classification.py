@@ -6,14 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL.Image import fromarray
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    pipeline,
+)
 
 import run_image_classification as recipe
-from hf_stompp import BinarizationConfig
+from hf_stompp import BinarizationConfig, model_card, verify
 from hf_stompp.layers import PackedConv2d
 from image_data import load_task
 from recipe_utils import parse_recipe
@@ -156,3 +166,58 @@ def test_the_demo_learns_the_digits(tmp_path: Path) -> None:
     assert latent["accuracy"] > 0.97
     assert packed["accuracy"] == pytest.approx(latent["accuracy"], abs=0.003)
     assert packed["bytes"] * 5 < latent["bytes"]
+
+
+def test_a_model_of_an_image_folder_is_scored_again_from_its_card(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """By the recipe's own card, and by one that is written of its results."""
+    for split in ("train", "held_out"):
+        for row in range(12):
+            folder = tmp_path / "images" / split / "dark" if row % 2 else tmp_path / "images" / split / "light"
+            folder.mkdir(parents=True, exist_ok=True)
+            fromarray(np.full((16, 16, 3), 20 * row, dtype=np.uint8)).save(folder / f"{row}.png")
+    data = ["--dataset_dir", str(tmp_path / "images"), "--eval_split", "held_out"]
+    accuracy = run(*data, *TINY, *BINARY)["rows"][-1]["accuracy"]
+    packed, metric = tmp_path / "out" / "packed", Path(recipe.__file__).parent / "metrics" / "accuracy"
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for card in (None, model_card(packed, results=results)):
+        if card is not None:
+            card.save(packed / "README.md")
+        scored = verify(packed, dataset_dir=tmp_path / "images", metric=str(metric)).checks[-1]
+        assert (scored.name, scored.status) == ("accuracy, held_out", "passed")
+        assert f"{accuracy:.4f} on" in scored.message
+    with pytest.raises(FileNotFoundError, match=r"no split 'test'; it holds held_out/, train/\. Add test\.parquet"):
+        run(*data, *TINY, "--eval_split", "test", output="other")
+
+
+def test_an_unknown_flag_is_refused_with_its_neighbour() -> None:
+    with pytest.raises(ValueError, match="--surogate is not a flag of this recipe. Did you mean surrogate"):
+        parse(*DIGITS, "--surogate", "none")
+
+
+def test_the_momentum_of_batch_norms_can_be_set(run: Callable[..., dict[str, Any]]) -> None:
+    arguments = parse(*DIGITS, *TINY, "--batch_norm_momentum", "0.25")
+    norms = [m for m in recipe.load_model(arguments, ["0", "1"], None).modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and {norm.momentum for norm in norms} == {0.25}
+    with pytest.raises(ValueError, match=r"batch_norm_momentum: received 1.5; allowed: above 0, up to 1"):
+        run(*DIGITS, *TINY, "--batch_norm_momentum", "1.5")
+
+
+def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None:
+    ResNetConfig(image_size=32).save_pretrained(tmp_path)
+    ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]).save_pretrained(tmp_path)
+    assert recipe.pretrained_statistics(str(tmp_path)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    ViTImageProcessorPil(do_normalize=False).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="does not normalize red, green and blue .* Pass --image_mean and --image_std"
+    ):
+        recipe.pretrained_statistics(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [(["--model_type", "vit", "--config_overrides", '{"image_size": 24}'], 24), (TINY, 8)]
+)
+def test_a_model_that_was_made_for_a_size_gets_it(model: list[str], size: int) -> None:
+    arguments, task = parse("--dataset_name", "digits", *model), load_task("digits")
+    assert recipe.make_transforms(arguments, task, recipe.load_config(arguments, task.labels)).size == size

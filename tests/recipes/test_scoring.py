@@ -57,7 +57,7 @@ def test_the_scores_of_a_card(
     offline = score(packed, metric=METRICS)
     assert offline.status == "failed" and "neither in the local cache nor reachable on the Hub" in offline.message
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="has no split 'validation' of sst2; it holds no parquet file at all"):
+    with pytest.raises(FileNotFoundError, match="has no split 'validation'; it holds no parquet file at all"):
         verify(packed, dataset_dir=tmp_path / "empty", metric=METRICS)
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "evaluate" else find_spec(name))
@@ -71,7 +71,10 @@ def test_the_demo(tmp_path: Path, write_split: Callable[..., Path]) -> None:
     sizes = "--max_train_samples 32 --max_eval_samples 8".split()
     run_glue.main(["--task_name", "synthetic", *FLAGS, *sizes, "--output_dir", str(tmp_path)])
     packed = tmp_path / "packed"
-    assert score(packed).message == "its data, 'synthetic', is not on the Hub; pass dataset_dir"
+    assert (
+        score(packed).message
+        == "its data, 'synthetic', is not on the Hub; pass dataset_dir, a folder of the same data"
+    )
     rows = synthetic.load_synthetic(32, 8)["validation"]
     folder = write_split("validation-00000-of-00001.parquet", sentence=rows["sentence"], label=rows["label"])
     done = verify(packed, dataset_dir=folder, metric=METRICS)
