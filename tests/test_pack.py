@@ -181,6 +181,7 @@ def test_regression_and_multi_label_heads(problem_type: str, tiny_model: Callabl
     assert isinstance(packed.bert.encoder.layer[0].output.dense, PackedLinear)
 
 
+@pytest.mark.usefixtures("reference_kernels")
 def test_autocast_gives_both_the_same_bits(tiny_model: Callable, tiny_batch: Callable) -> None:
     batch = tiny_batch(size=8, length=20)
     for scale in (0.3, 0.7001, 1.2345):

@@ -354,6 +354,7 @@ def test_weights_are_packed_while_loading(bits: int, float_folder: Path, tiny_ba
     assert_same_tensors(model, again)
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize(
     "config",
     [BinarizationConfig(replace_gelu=True, embedding_bits=4), BinarizationConfig(activations=False)],

@@ -152,6 +152,7 @@ def test_a_flag_without_an_activation_of_its_kind_is_refused_by_name(
     assert [type(module) for module in model.modules()] == before
 
 
+@pytest.mark.usefixtures("reference_kernels")
 @pytest.mark.parametrize(
     ("vision", "flags"),
     [

@@ -61,6 +61,7 @@ def test_the_classifier_of_a_wrapped_model_is_its_head() -> None:
     assert plans["timm_model.conv"].key == "conv" and plans["timm_model.conv"].unsigned
 
 
+@pytest.mark.usefixtures("reference_kernels")
 def test_a_wrapped_model_is_binarized_and_packed() -> None:
     model = binarize(Wrapper(PreTrainedConfig()), BinarizationConfig())
     pixels = torch.randn(2, 3, 20, 12, generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,8 @@ from hf_stompp.layers import BinaryConv2d, BinaryInput, BinaryLayer, PackedConv2
 from hf_stompp.patching import binary_layers, packed_layers
 from hf_stompp.selection import LayerPlan, select
 
+pytestmark = pytest.mark.usefixtures("reference_kernels")  # which give what latent layers give, bit for bit
+
 Factory = Callable[..., Any]
 
 

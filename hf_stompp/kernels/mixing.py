@@ -1,21 +1,19 @@
 """The mixed forward and its two backward rules in one pass over memory each, on a CPU: see `hf_stompp.functional.mix`.
 
 Rows are done in parallel, on as many threads as torch has. Sums are made in an order that does not depend on how many
-those are. The threads are Python's: numba's own share OpenMP's settings with torch, and would change how many threads
-torch takes.
+those are.
 """
 
-import functools
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+from hf_stompp.kernels.threads import in_blocks
 
 _SOFT, _HARD, _MIXED = 0, 1, 2
 _LARGE = 1 << 14
@@ -69,29 +67,13 @@ def backward(
     return out, torch.full_like(scale, sums.sum())
 
 
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count())  # they are started as they are needed
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
-
-
 def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -> None:
-    """Calls a kernel, which lets go of Python's lock, on as many blocks of rows as torch has threads, if these are
-    large enough. An array of one row goes with each block."""
-    rows = len(arrays[0])
-    threads = min(torch.get_num_threads(), rows, arrays[0].size // _LARGE)
-    if threads == 1:
-        kernel(*arrays, *options.values())
-        return
-    ends = [rows * i // threads for i in range(threads + 1)]
+    """Calls a kernel on blocks of rows, if these are large enough. An array of one row goes with each block."""
 
     def block(start: int, stop: int) -> None:
         kernel(*(array if len(array) == 1 else array[start:stop] for array in arrays), *options.values())
 
-    list(_pool().map(block, ends[:-1], ends[1:]))
+    in_blocks(block, len(arrays[0]), most=arrays[0].size // _LARGE)
 
 
 def _channels_last(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from hf_stompp.functional import activation_threshold, weight_scale
+from hf_stompp.kernels import operators
 from hf_stompp.layers.binary import (
     CONV_ATTRIBUTES,
     LINEAR_ATTRIBUTES,
@@ -66,15 +67,18 @@ class PackedLayer(ExactLayer):
         activation_threshold (`Tensor`, *optional*): float32, one for each input feature; an input at or above it is
             the upper level, one below it the lower. Absent if the inputs are not binary.
         activation_levels (`Tensor`, *optional*): float32 `[2]`, the lower and the upper level: (-γ, γ) or (0, γ).
+        next_threshold (`Tensor`, *optional*): float32 `[outputs]`, not saved: the layer may hand on whether its
+            outputs are at or above it (see [`~hf_stompp.fusion.fuse`]).
     """
 
-    FULL_PRECISION: ClassVar = ("weight_scale", "activation_threshold", "activation_levels")
+    FULL_PRECISION: ClassVar = ("weight_scale", "activation_threshold", "activation_levels", "next_threshold")
     FLOAT: ClassVar[type[nn.Module]]
     """The full-precision layer."""
 
     weight: Any
     bias: Any
     weight_scale: Tensor
+    next_threshold: Tensor | None
 
     @classmethod
     def empty(cls, layer: Any, binary_input: bool) -> Self:
@@ -89,6 +93,7 @@ class PackedLayer(ExactLayer):
         packed.register_buffer("weight_scale", torch.ones(outputs, **float32))
         packed.register_buffer("activation_threshold", torch.zeros(features, **float32) if binary_input else None)
         packed.register_buffer("activation_levels", torch.ones(2, **float32) if binary_input else None)
+        packed.register_buffer("next_threshold", None, persistent=False)
         return packed
 
     @classmethod
@@ -179,6 +184,13 @@ class PackedLinear(PackedLayer, nn.Linear):
         return rows
 
     def forward(self, input: Tensor) -> Tensor:
+        threshold = self._buffers["activation_threshold"]
+        if operators.cover(input, -1, self.in_features, threshold is not None):
+            # As `self.weight` is, in half the time: of a small layer this is a large part.
+            own, buffers = self._parameters, self._buffers
+            levels, next_threshold = buffers["activation_levels"], buffers["next_threshold"]
+            scale: Any = buffers["weight_scale"]
+            return operators.linear(input, self.weight, scale, own["bias"], threshold, levels, next_threshold)
         return nn.functional.linear(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
 
 
@@ -219,7 +231,18 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         # 1x1 kernel as it is, whose strides say "channels last".
         return super().dequantized_weight(dtype).clone(memory_format=torch.contiguous_format)
 
+    @property
+    def known_to_kernels(self) -> bool:
+        """Whether the kernels know convolutions of this kind."""
+        plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
+        return plain and self.activation_threshold is not None
+
     def forward(self, input: Tensor) -> Tensor:
+        if self.known_to_kernels and operators.cover(input, self.FEATURE_AXIS, self.in_channels, True):
+            levels: Any = self.activation_threshold, self.activation_levels
+            geometry: Any = (self.kernel_size, self.stride, self.padding, self.dilation)
+            operands = (input, self.weight, self.weight_scale, self.bias, *levels, geometry, self.next_threshold)
+            return operators.conv2d(*operands)
         return self._conv_forward(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from hf_stompp import BinarizationConfig
 from hf_stompp.layers import BinaryConv2d, BinaryInputConv2d, PackedConv2d
 
+pytestmark = pytest.mark.usefixtures("reference_kernels")  # which give what latent layers give, bit for bit
+
 IN, OUT = 6, 8
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "plain": {},

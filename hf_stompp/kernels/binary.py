@@ -1,0 +1,174 @@
+"""Layers with 1-bit weights and 1-bit inputs (W1A1): comparison, packing, xor and population count, scale and bias.
+
+With the levels {-γ, γ} a sum is γ s (K - 2 popcount(x ⊕ w)), with {0, γ} it is γ s (popcount(w) - popcount(x ⊕ w)):
+an integer until the end, times one float. Where nothing but the comparison of the next layer takes a result, it is
+made here, and what is handed on is *bits*: int32 `[…, words]`, bit i of word k that of feature 32·k + i.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_stompp.kernels.panels import Panels, panels
+from hf_stompp.kernels.threads import in_blocks
+from hf_stompp.kernels.vectors import WIDTH, one_bit, pointer, popcount_tile, sixteen_bits
+
+ROWS = 48
+"""Inputs that are packed at a time: their bits stay in the first cache while all weights pass."""
+SERIAL = 20_000_000
+"""Multiplications that a thread is worth."""
+FLAGS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
+"""Inputs: floats, or bits."""
+
+_six, _four, _two, _one = (popcount_tile(rows, bits=False) for rows in (6, 4, 2, 1))
+_six_bits, _four_bits, _two_bits, _one_bits = (popcount_tile(rows, bits=True) for rows in (6, 4, 2, 1))
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor,
+    levels: Tensor,
+    next_threshold: Tensor | None = None,
+) -> Tensor:
+    """The outputs `[…, N]` of inputs `[…, K]`, float32, bfloat16 or bits; with `next_threshold`, `[N]`, bits."""
+    layer = panels(weight, 1, threshold.shape[0], weight_scale, bias, threshold, levels, next_threshold)
+    input = input.contiguous()
+    stride = input.shape[-1]
+    rows = input.numel() // stride
+    out = result(input.shape[:-1], layer, next_threshold)
+    operands = (  # addresses: each array that numba is given takes a microsecond
+        *(input.data_ptr(), KINDS[input.dtype], rows, layer.features, stride, *layer.at, layer.signed),
+        *(out.data_ptr(), layer.outputs, out.shape[-1]),
+    )
+    most = rows * layer.features * layer.outputs // SERIAL
+    if rows >= ROWS:
+        in_blocks(lambda start, stop: _linear(*operands, start, stop, 0, layer.blocks), rows, most)
+    else:
+        in_blocks(lambda start, stop: _linear(*operands, 0, rows, start, stop), layer.blocks, most)
+    return out.to(input.dtype) if input.dtype == torch.bfloat16 and next_threshold is None else out
+
+
+def result(shape: tuple[int, ...], layer: Panels, next_threshold: Tensor | None) -> Tensor:
+    """Where the outputs go: floats, or bits, of which each panel makes two words."""
+    if next_threshold is None:
+        return torch.empty(*shape, layer.outputs, dtype=torch.float32)
+    return torch.empty(*shape, WIDTH // 32 * layer.blocks, dtype=torch.int32)
+
+
+@numba.njit(**FLAGS)
+def pack(x, threshold, words):  # type: ignore[no-untyped-def]
+    """The bits of each row of `x`: whether a feature is at or above its threshold."""
+    features = x.shape[1]
+    whole = features // 32
+    for m in range(len(x)):
+        row = x[m]
+        for k in range(whole):
+            high = sixteen_bits(row, 32 * k + 16, threshold)
+            words[m, k] = sixteen_bits(row, 32 * k, threshold) | high << np.uint32(16)
+        if features % 32:
+            word = np.uint32(0)
+            for k in range(32 * whole, features):
+                word |= one_bit(row, k, threshold) << np.uint32(k % 32)
+            words[m, whole] = word
+
+
+@numba.njit(**FLAGS)
+def pack_rows(x_at, kind, stride, threshold, start, stop, words):  # type: ignore[no-untyped-def]
+    """The bits of the inputs `start … stop`, which are floats of a kind, or bits already."""
+    if kind == 2:
+        words[: stop - start] = numba.carray(pointer(x_at), (stop, stride), np.uint32)[start:, : words.shape[1]]
+    elif kind == 1:
+        pack(numba.carray(pointer(x_at), (stop, stride), np.uint16)[start:], threshold, words)
+    else:
+        pack(numba.carray(pointer(x_at), (stop, stride), np.float32)[start:], threshold, words)
+
+
+@numba.njit(**FLAGS)
+def multiply(words, rows, offsets, kinds, epilogue, factor, out_at, outputs, stride, first, last):  # type: ignore
+    """`gain[n] · (offsets[kinds[m], n] - factor · popcount(words[m] ⊕ panel[n])) + bias[n]`, for `rows` inputs and the
+    outputs of the panels `first … last`, into rows of `stride` floats at `out_at`; or whether it is at or `above`.
+
+    `epilogue` has the addresses of the panels, γ s, the biases and the next thresholds.
+    """
+    panels_at, gain_at, bias_at, above_at = epilogue
+    x_stride = words.shape[1]
+    places = np.empty(rows, dtype=np.int64)
+    for m in range(rows):
+        places[m] = offsets[kinds[m]].ctypes.data
+    aside = np.empty((6, WIDTH), dtype=np.float32)
+    for block in range(first, last):
+        column = WIDTH * block
+        panel, width = panels_at + 4 * column * x_stride, min(WIDTH, outputs - column)
+        gain, bias, above = gain_at + 4 * column, bias_at + 4 * column, above_at + 4 * column
+        m = 0
+        while m < rows:
+            left, x, place = rows - m, words[m:].ctypes.data, places[m:].ctypes.data
+            if above_at:
+                to = out_at + 4 * (m * stride + WIDTH // 32 * block)
+                if left >= 6:
+                    done = 6
+                    _six_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
+                elif left >= 4:
+                    done = 4
+                    _four_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
+                elif left >= 2:
+                    done = 2
+                    _two_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
+                else:
+                    done = 1
+                    _one_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
+                m += done
+                continue
+            to, to_stride = out_at + 4 * (m * stride + column), stride
+            if width < WIDTH:
+                to, to_stride = aside.ctypes.data, WIDTH
+            if left >= 6:
+                done = 6
+                _six(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
+            elif left >= 4:
+                done = 4
+                _four(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
+            elif left >= 2:
+                done = 2
+                _two(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
+            else:
+                done = 1
+                _one(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
+            if width < WIDTH:
+                copy(aside, numba.carray(pointer(out_at), (rows, stride), np.float32)[m:], done, column, width)
+            m += done
+
+
+@numba.njit(**FLAGS)
+def copy(aside, out, rows, column, width):  # type: ignore[no-untyped-def]
+    """The first columns of a tile to where they belong."""
+    for m in range(rows):
+        for n in range(width):
+            out[m, column + n] = aside[m, n]
+
+
+@numba.njit(f"void({', '.join(['intp'] * 19)})", **FLAGS)
+def _linear(  # type: ignore[no-untyped-def]
+    x_at, kind, rows, features, x_stride, panels_at, offsets_at, gain_at, bias_at, above_at, threshold_at, signed,
+    out_at, outputs, stride, start, stop, first, last,
+):  # fmt: skip
+    """Rows `start … stop` of the outputs of the panels `first … last`."""
+    blocks, length = (outputs + WIDTH - 1) // WIDTH, (features + 31) // 32
+    threshold = numba.carray(pointer(threshold_at), features, np.float32)
+    offsets = numba.carray(pointer(offsets_at), (1, blocks * WIDTH), np.int32)
+    factor = np.int32(2) if signed else np.int32(1)
+    kinds, words = np.zeros(ROWS, dtype=np.intp), np.empty((ROWS, length), dtype=np.uint32)
+    epilogue = panels_at, gain_at, bias_at, above_at
+    for row in range(start, stop, ROWS):
+        count = min(ROWS, stop - row)
+        pack_rows(x_at, kind, x_stride, threshold, row, row + count, words)
+        multiply(
+            words, count, offsets, kinds, epilogue, factor, out_at + 4 * row * stride, outputs, stride, first, last
+        )

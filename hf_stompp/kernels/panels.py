@@ -1,0 +1,108 @@
+"""A packed layer as the kernels read it, laid out once.
+
+A weight of bits, uint8 `[N, ceil(K / 8)]`, becomes panels of 64 outputs, uint32 `[ceil(N / 64), words, 64]`: see
+`hf_stompp.kernels.vectors`. A convolution's bits are regrouped, so that each place of its kernel begins with a word.
+What is beyond K and N is 0.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_stompp.kernels.vectors import WIDTH
+
+_ATTRIBUTE = "_hf_stompp_panels"
+
+
+class Panels:
+    """The panels of a weight, and what goes with each of their outputs.
+
+    Attributes:
+        made_of (`list[int]`): Addresses and versions of the tensors.
+        blocks, outputs, features (`int`): How many panels there are; N; features of an input.
+        signed (`bool`): Whether the levels of the inputs are (-γ, γ), not (0, γ).
+        counts (`Tensor`): int32 `[places, 64 · blocks]`: how many bits are set in each place of the kernel, of which a
+            linear layer has one.
+        at (`tuple[int, …]`): Addresses of the panels; of what population counts are taken off, int32 `[64 · blocks]`;
+            of γ s, the bias and the next threshold, float32 `[64 · blocks]`, the last 0 without one; and of the
+            thresholds of the inputs, 0 without.
+    """
+
+    def __init__(
+        self,
+        made_of: list[int],
+        weight: Tensor,
+        places: int,
+        features: int,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        threshold: Tensor | None,
+        levels: Tensor | None,
+        next_threshold: Tensor | None,
+    ) -> None:
+        self.made_of, self.outputs, self.features = made_of, len(weight), features
+        words, self.blocks = (features + 31) // 32, (self.outputs + WIDTH - 1) // WIDTH
+        # torch begins its tensors where a line of the cache begins.
+        bits = torch.zeros(self.blocks, places * words, WIDTH, dtype=torch.int32)
+        self.counts = torch.zeros(places, self.blocks * WIDTH, dtype=torch.int32)
+        rows = weight.detach().contiguous().numpy()
+        _fill(rows, places, features, bits.numpy().view(np.uint32), self.counts.numpy())
+        low, high = (0.0, 1.0) if levels is None else levels.tolist()
+        self.signed = low != 0
+        whole = torch.full((self.blocks * WIDTH,), places * features, dtype=torch.int32)
+        offsets = whole if self.signed else self.counts.sum(dim=0, dtype=torch.int32)
+        gain = self._padded(weight_scale.detach().float() * high, 0)
+        biases = self._padded(gain.new_zeros(self.outputs) if bias is None else bias.detach().float(), 0)
+        # What is beyond the last output is below its threshold.
+        above = None if next_threshold is None else self._padded(next_threshold.float(), torch.inf)
+        own = None if threshold is None else threshold.float().contiguous().clone()
+        self._tensors = bits, offsets, gain, biases, above, own  # whose addresses are given out
+        self.at = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # addresses are this process's: a copy of the weight makes its own
+
+    def _padded(self, values: Tensor, beyond: float) -> Tensor:
+        out = torch.full((self.blocks * WIDTH,), beyond, dtype=torch.float32)
+        out[: self.outputs] = values
+        return out
+
+
+def panels(
+    weight: Tensor,
+    places: int,
+    features: int,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    threshold: Tensor | None,
+    levels: Tensor | None,
+    next_threshold: Tensor | None,
+) -> Panels:
+    """The [`Panels`] of a layer: made at the first call, and anew after a tensor of it was written to or moved. They
+    are kept on the weight, and go with it."""
+    tensors = weight, weight_scale, bias, threshold, levels, next_threshold
+    try:
+        made_of = [value for x in tensors if x is not None for value in (x.data_ptr(), x._version)]
+    except RuntimeError:  # made in inference mode, where no versions are kept
+        made_of = [x.data_ptr() for x in tensors if x is not None]
+    kept: Panels | None = getattr(weight, _ATTRIBUTE, None)
+    if kept is None or kept.made_of != made_of:
+        with torch.no_grad():
+            kept = Panels(made_of, weight, places, features, weight_scale, bias, threshold, levels, next_threshold)
+        setattr(weight, _ATTRIBUTE, kept)
+    return kept
+
+
+@numba.njit("void(uint8[:, ::1], intp, intp, uint32[:, :, ::1], int32[:, ::1])", nogil=True, cache=True)
+def _fill(rows, places, features, bits, counts):  # type: ignore[no-untyped-def]
+    words = (features + 31) // 32
+    for n in range(len(rows)):
+        for place in range(places):
+            for k in range(features):
+                at = place * features + k
+                if rows[n, at // 8] >> (at % 8) & 1:
+                    bits[n // WIDTH, place * words + k // 32, n % WIDTH] |= np.uint32(1) << np.uint32(k % 32)
+                    counts[place, n] += 1

@@ -1,0 +1,31 @@
+"""Blocks of work on as many threads as torch has.
+
+The threads are Python's, and the kernels let go of its lock: numba's own share OpenMP's settings with torch, and would
+change how many threads torch takes.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())  # they are started as they are needed
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
+
+
+def in_blocks(work: Callable[[int, int], None], length: int, most: int) -> None:
+    """Calls `work(start, stop)` for blocks that make up `range(length)`, at most `most` of them, one a thread."""
+    blocks = max(1, min(torch.get_num_threads(), length, most))
+    if blocks == 1:
+        work(0, length)
+        return
+    ends = [length * i // blocks for i in range(blocks + 1)]
+    list(_pool().map(work, ends[:-1], ends[1:]))

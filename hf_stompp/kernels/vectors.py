@@ -1,0 +1,257 @@
+"""The inner loops, in LLVM's vectors of 16 lanes, as numba intrinsics.
+
+numba does not find these loops by itself: it prefers vectors of half that length, and keeps no array in registers.
+LLVM splits a vector where a processor has only shorter ones. All pointers are addresses (`array.ctypes.data`).
+
+A *panel* holds the bits of 64 outputs, `uint32 [words, 64]`: entry `[k, n]` has the 32 weights `32·k …` of output n.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+WIDTH = 64
+"""Outputs of a panel."""
+
+_INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_INTS, _FLOATS = ir.VectorType(_INT, LANES), ir.VectorType(_FLOAT, LANES)
+_VECTORS = WIDTH // LANES
+
+
+@functools.cache
+def has_lookup() -> bool:
+    """Whether the processor looks 16 floats up at once, which `lookup_tile` needs (AVX-512)."""
+    features = llvmlite.binding.get_host_cpu_features()
+    return llvmlite.binding.get_default_triple().startswith("x86_64") and features.get("avx512f", False)
+
+
+def popcount_of_processor() -> str:
+    """How the processor counts bits, for `kernels.info`."""
+    features = llvmlite.binding.get_host_cpu_features()
+    if features.get("avx512vpopcntdq", False):
+        return "AVX-512 VPOPCNTDQ"
+    return "AVX2 or AVX-512 by tables" if features.get("avx2", False) else "what LLVM makes of it"
+
+
+class _Block:
+    """A builder with the few operations that the loops are made of."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+
+    def long(self, value: int) -> Any:
+        return ir.Constant(_LONG, value)
+
+    def pointer(self, address: Any, kind: Any, offset: Any) -> Any:
+        """To `offset` entries of 4 bytes after the address."""
+        moved = self.builder.add(address, self.builder.mul(offset, self.long(4)))
+        return self.builder.inttoptr(moved, kind.as_pointer())
+
+    def load(self, address: Any, kind: Any, offset: Any) -> Any:
+        value = self.builder.load(self.pointer(address, kind, offset))
+        value.align = 4
+        return value
+
+    def store(self, value: Any, address: Any, offset: Any) -> None:
+        self.builder.store(value, self.pointer(address, value.type, offset)).align = 4
+
+    def splat(self, value: Any) -> Any:
+        """A vector of 16 times the value."""
+        undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+        first = self.builder.insert_element(undefined, value, ir.Constant(_INT, 0))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * LANES))
+
+    def call(self, name: str, result: Any, *args: Any) -> Any:
+        kind = ir.FunctionType(result, [arg.type for arg in args])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), args)
+
+    def sums(self, zero: Any, rows: int, words: Any, step: Callable[[Any, list[list[Any]]], list[list[Any]]]) -> Any:
+        """`rows` times 4 vectors, from `zero` through `step(k, sums)` for each `k < words`."""
+        builder, before = self.builder, self.builder.block
+        body, after = builder.append_basic_block("body"), builder.append_basic_block("after")
+        builder.branch(body)
+        builder.position_at_end(body)
+        k = builder.phi(_LONG)
+        sums = [[builder.phi(zero.type) for _ in range(_VECTORS)] for _ in range(rows)]
+        new = step(k, sums)
+        following = builder.add(k, self.long(1))
+        k.add_incoming(self.long(0), before)
+        k.add_incoming(following, builder.block)
+        for row, new_row in zip(sums, new, strict=True):
+            for total, new_total in zip(row, new_row, strict=True):
+                total.add_incoming(zero, before)
+                total.add_incoming(new_total, builder.block)
+        builder.cbranch(builder.icmp_signed("<", following, words), body, after)
+        builder.position_at_end(after)
+        return new
+
+
+@functools.cache
+def popcount_tile(rows: int, bits: bool) -> Any:
+    """`rows` inputs by 64 outputs: y = gain · (offset - factor · popcount(x ⊕ w)) + bias, the integer part exact; or,
+    with `bits`, whether y is at or above a threshold.
+
+    Arguments: address of the inputs' bits and words from one input to the next; address of the panel and its words;
+    address of the inputs' addresses of offsets (int32, of all outputs); addresses of the gains and biases of the 64
+    outputs, and of their thresholds; the factor (int32); address of the result, floats or two words of bits, and
+    entries of 4 bytes from one row of it to the next; the first output.
+    """
+
+    @intrinsic
+    def tile(context, x, x_stride, panel, words, offsets, gain, bias, above, factor, out, out_stride, column):  # type: ignore
+        def generate(context, builder, signature, args):  # type: ignore
+            x, x_stride, panel, words, offsets, gain, bias, above, factor, out, out_stride, column = args
+            block = _Block(builder)
+
+            def step(k: Any, sums: list[list[Any]]) -> list[list[Any]]:
+                at = builder.mul(k, block.long(WIDTH))
+                weights = [block.load(panel, _INTS, builder.add(at, block.long(LANES * j))) for j in range(_VECTORS)]
+                new = []
+                for row, totals in enumerate(sums):
+                    place = builder.add(builder.mul(x_stride, block.long(row)), k)
+                    inputs = block.splat(block.load(x, _INT, place))
+                    counts = [block.call("llvm.ctpop.v16i32", _INTS, builder.xor(inputs, w)) for w in weights]
+                    new.append([builder.add(total, count) for total, count in zip(totals, counts, strict=True)])
+                return new
+
+            sums = block.sums(ir.Constant(_INTS, [0] * LANES), rows, words, step)
+            factors = block.splat(factor)
+            for row in range(rows):
+                place = builder.load(builder.inttoptr(builder.add(offsets, block.long(8 * row)), _LONG.as_pointer()))
+                for j in range(_VECTORS):
+                    at = block.long(LANES * j)
+                    offset = block.load(place, _INTS, builder.add(column, at))
+                    whole = builder.sub(offset, builder.mul(factors, sums[row][j]))
+                    y = builder.fmul(builder.sitofp(whole, _FLOATS), block.load(gain, _FLOATS, at))
+                    y = builder.fadd(y, block.load(bias, _FLOATS, at))
+                    start = builder.mul(out_stride, block.long(row))
+                    if not bits:
+                        block.store(y, out, builder.add(start, at))
+                        continue
+                    reached = builder.fcmp_ordered(">=", y, block.load(above, _FLOATS, at))
+                    half = builder.bitcast(reached, ir.IntType(LANES))
+                    address = builder.add(out, builder.add(builder.mul(start, block.long(4)), block.long(2 * j)))
+                    builder.store(half, builder.inttoptr(address, half.type.as_pointer()))
+            return context.get_dummy_value()
+
+        place = types.intp
+        return types.void(*[place] * 8, types.int32, *[place] * 3), generate
+
+    return tile
+
+
+@functools.cache
+def lookup_tile(rows: int) -> Any:
+    """`rows` inputs by 64 outputs: y = gain · Σ ±x + bias, from tables of the 16 sums of each 4 features.
+
+    Arguments: address of the tables, `[rows, 8 · words, 16]`, and floats from one input's to the next; the others as
+    in [`popcount_tile`].
+    """
+
+    @intrinsic
+    def tile(context, table, table_stride, panel, words, gain, bias, out, out_stride):  # type: ignore
+        def generate(context, builder, signature, args):  # type: ignore
+            table, table_stride, panel, words, gain, bias, out, out_stride = args
+            block = _Block(builder)
+
+            def step(k: Any, sums: list[list[Any]]) -> list[list[Any]]:
+                at = builder.mul(k, block.long(WIDTH))
+                weights = [block.load(panel, _INTS, builder.add(at, block.long(LANES * j))) for j in range(_VECTORS)]
+                for nibble in range(8):
+                    # A look-up reads the lowest four bits of its index, and leaves the others alone.
+                    shift = ir.Constant(_INTS, [4 * nibble] * LANES)
+                    codes = [builder.lshr(w, shift) for w in weights]
+                    place = builder.add(builder.mul(k, block.long(8 * LANES)), block.long(LANES * nibble))
+                    new = []
+                    for row, totals in enumerate(sums):
+                        start = builder.add(builder.mul(table_stride, block.long(row)), place)
+                        values = block.load(table, _FLOATS, start)
+                        name = "llvm.x86.avx512.permvar.sf.512"
+                        found = [block.call(name, _FLOATS, values, code) for code in codes]
+                        new.append([builder.fadd(total, value) for total, value in zip(totals, found, strict=True)])
+                    sums = new
+                return sums
+
+            sums = block.sums(ir.Constant(_FLOATS, [0.0] * LANES), rows, words, step)
+            for row in range(rows):
+                for j in range(_VECTORS):
+                    at = block.long(LANES * j)
+                    y = builder.fmul(sums[row][j], block.load(gain, _FLOATS, at))
+                    y = builder.fadd(y, block.load(bias, _FLOATS, at))
+                    block.store(y, out, builder.add(builder.mul(out_stride, block.long(row)), at))
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 8), generate
+
+    return tile
+
+
+@intrinsic
+def sums_of_signs(context, x, table):  # type: ignore
+    """Writes the 16 sums ±x₀ ±x₁ ±x₂ ±x₃ of the four floats at `x`: bit i of an index is the sign of xᵢ."""
+
+    def generate(context, builder, signature, args):  # type: ignore
+        x, table = args
+        block = _Block(builder)
+        total = None
+        for i in range(4):
+            signs = ir.Constant(_FLOATS, [1.0 if index >> i & 1 else -1.0 for index in range(LANES)])
+            term = builder.fmul(block.splat(block.load(x, _FLOAT, block.long(i))), signs)
+            total = term if total is None else builder.fadd(total, term)
+        block.store(total, table, block.long(0))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), generate
+
+
+@intrinsic
+def pointer(context, address):  # type: ignore
+    """The address as a pointer, for `numba.carray`."""
+
+    def generate(context, builder, signature, args):  # type: ignore
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.intp), generate
+
+
+def _comparison(lanes: int) -> Any:
+    """Bit i of the result: whether `x[at + i]` is at or above `threshold[at + i]`, for `lanes` of them; NaN is not.
+
+    `x` is of float32, or of uint16, which stands for bfloat16: the upper half of a float32.
+    """
+
+    @intrinsic
+    def compare(context, x, at, threshold):  # type: ignore
+        halves = x.dtype == types.uint16
+
+        def generate(context, builder, signature, args):  # type: ignore
+            def load(kind: Any, place: int) -> Any:
+                array = context.make_array(signature.args[place])(context, builder, args[place])
+                vector = builder.bitcast(builder.gep(array.data, [args[1]]), ir.VectorType(kind, lanes).as_pointer())
+                value = builder.load(vector)
+                value.align = kind.width // 8 if isinstance(kind, ir.IntType) else 4
+                return value
+
+            if halves:
+                ints = ir.VectorType(_INT, lanes)
+                bits = builder.zext(load(ir.IntType(16), 0), ints)
+                values = builder.shl(bits, ir.Constant(ints, [16] * lanes))
+                values = builder.bitcast(values, ir.VectorType(_FLOAT, lanes))
+            else:
+                values = load(_FLOAT, 0)
+            above = builder.fcmp_ordered(">=", values, load(_FLOAT, 2))
+            return builder.zext(builder.bitcast(above, ir.IntType(lanes)), _INT)
+
+        return types.uint32(x, types.intp, threshold), generate
+
+    return compare
+
+
+sixteen_bits, one_bit = _comparison(LANES), _comparison(1)
