@@ -1,0 +1,341 @@
+"""How fast packed layers and models are on a CPU, beside what else runs them there.
+
+    python benchmarks/inference.py layers         # BERT-base's linear layers and ResNet-50's convolutions
+    python benchmarks/inference.py models         # BERT-base, MiniLM-L6, ResNet-18 and 50
+    python benchmarks/inference.py models --threads 2 --quick
+
+All variants of a row run in turn, round by round in one process, so that a machine whose speed drifts slows all of
+them alike. The tables give the median time of the packed one, and the medians of the ratios to it, round by round.
+Times are processor time of one thread, or with several threads wall time. Weights are random: speed only. Writes
+`benchmarks/results/inference_KIND_THREADS.json`, and for models a chart beside it.
+
+*share* is how much of the processor's own limit a layer reaches: of the rate of xor, population count and addition in
+the kernel's innermost loop on data in the first cache, which is measured in each round too.
+"""
+
+import argparse
+import copy
+import functools
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+)
+from transformers.utils import logging
+
+from hf_stompp import BinarizationConfig, binarize, pack
+from hf_stompp.kernels.vectors import WIDTH, popcount_tile
+from hf_stompp.layers import PackedConv2d, PackedLinear
+from hf_stompp.packing import pack_signs
+from hf_stompp.patching import binary_layers, packed_layers
+
+RESULTS = Path(__file__).with_name("results")
+LINEARS = ((768, 768), (768, 3072), (3072, 768))
+ROWS = (1, 8, 32, 128, 512, 4096)
+# Channels, outputs, pixels of a side, kernel: of the binary convolutions of a ResNet-50 at 224 pixels.
+CONVOLUTIONS = (
+    *((64, 64, 56, 3), (256, 64, 56, 1), (64, 256, 56, 1), (128, 128, 28, 3), (512, 128, 28, 1), (128, 512, 28, 1)),
+    *(
+        (256, 256, 14, 3),
+        (1024, 256, 14, 1),
+        (256, 1024, 14, 1),
+        (512, 512, 7, 3),
+        (2048, 512, 7, 1),
+        (512, 2048, 7, 1),
+    ),
+)
+Variants = dict[str, Callable[[], Any]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("layers", "models"))
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="fewer rows and rounds")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        rows = layers(args) if args.kind == "layers" else models(args)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"inference_{args.kind}_{args.threads}.json"
+    path.write_text(json.dumps({"processor": processor(), "threads": args.threads, "rows": rows}, indent=2) + "\n")
+    if args.kind == "models":
+        chart(rows, path.with_suffix(".svg"))
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores, torch {torch.__version__}"
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    variants: Variants, threads: int, rounds: int, seconds: float, limit: Callable[[], float] = lambda: 0.0
+) -> dict[str, float]:
+    """Name → median seconds, and `name/first` → median of the ratio to the first variant; and the median of `limit`,
+    which is measured in each round too."""
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    repeats = {}
+    for name, run in variants.items():
+        run(), run()  # what is compiled or laid out at first
+        start = clock()
+        run()
+        repeats[name] = max(1, min(1000, int(seconds / max(clock() - start, 1e-6))))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    limits = []
+    for _ in range(rounds):
+        limits.append(limit())
+        for name, run in variants.items():
+            start = clock()
+            for _ in range(repeats[name]):
+                run()
+            times[name].append((clock() - start) / repeats[name])
+    first = next(iter(variants))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = {
+        f"{name}/{first}": statistics.median(a / b for a, b in zip(values, times[first], strict=True))
+        for name, values in times.items()
+        if name != first
+    }
+    return medians | ratios | {"limit": statistics.median(limits)}
+
+
+@functools.cache
+def inner_loop() -> Callable[[], float]:
+    """Measures how many multiplications a second the kernel's innermost loop does, on data in the first cache."""
+    tile, words = popcount_tile(6, False), 96
+    panel, x = (torch.zeros(n, words, dtype=torch.int32) for n in (WIDTH, 6))
+    offsets, floats, out = torch.zeros(WIDTH, dtype=torch.int32), torch.zeros(WIDTH), torch.zeros(6, WIDTH)
+    places = np.full(6, offsets.data_ptr())
+
+    @numba.njit
+    def run(times, x, panel, words, places, floats, out):  # type: ignore[no-untyped-def]
+        for _ in range(times):
+            tile(x, words, panel, words, places, floats, floats, floats, np.int32(2), out, 64, 0)
+
+    def rate() -> float:
+        start = time.thread_time()
+        run(2000, x.data_ptr(), panel.data_ptr(), words, places.ctypes.data, floats.data_ptr(), out.data_ptr())
+        return 2000 * 6 * WIDTH * 32 * words / (time.thread_time() - start)
+
+    rate()
+    return rate
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The last row, and before the first one a heading."""
+    columns = [key for key in rows[-1] if "/" in key]
+    if len(rows) == 1:
+        heads = ["", "packed", *(key.partition("/")[0] for key in columns), *(["share"] if "share" in rows[0] else [])]
+        print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    row = rows[-1]
+    cells = [row["name"], f"{row['packed'] * 1e3:.3f} ms", *(f"{row[key]:.1f}x" for key in columns)]
+    cells += [f"{row['share']:.0%}"] if "share" in row else []
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for features, outputs in LINEARS:
+        for m in ROWS[::2] if args.quick else ROWS:
+            found = measure(linears(m, features, outputs), args.threads, 5 if args.quick else 15, 0.02, inner_loop())
+            share = m * features * outputs / found["packed"] / found["limit"] / args.threads
+            rows.append({"name": f"{m} x {features} x {outputs}", **found, "share": share})
+            show(rows)
+    for channels, outputs, size, kernel in CONVOLUTIONS[::3] if args.quick else CONVOLUTIONS:
+        variants = convolutions(channels, outputs, size, kernel)
+        found = measure(variants, args.threads, 5 if args.quick else 15, 0.02, inner_loop())
+        share = channels * outputs * size**2 * kernel**2 / found["packed"] / found["limit"] / args.threads
+        rows.append({"name": f"{channels} → {outputs}, {kernel}x{kernel}, {size}x{size}", **found, "share": share})
+        show(rows)
+    return rows
+
+
+def linears(rows: int, features: int, outputs: int) -> Variants:
+    x, plain = torch.randn(rows, features), nn.Linear(features, outputs)
+    binary, weights = (PackedLinear.empty(plain, binary_input) for binary_input in (True, False))
+    for layer in (binary, weights):
+        layer.weight.copy_(pack_signs(plain.weight))
+    half, half_x = copy.deepcopy(plain).bfloat16(), x.bfloat16()
+    quantized = dynamic_int8(plain)
+    return {
+        "packed": lambda: binary(x),
+        "weights only": lambda: weights(x),
+        "fp32": lambda: plain(x),
+        "bf16": lambda: half(half_x),
+        "int8": lambda: quantized(x),
+        **onnx(plain, (x,)),
+    }
+
+
+def convolutions(channels: int, outputs: int, size: int, kernel: int) -> Variants:
+    x = torch.randn(1, channels, size, size).contiguous(memory_format=torch.channels_last)
+    plain = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, bias=False)
+    packed = PackedConv2d.empty(plain, True)
+    packed.weight.copy_(pack_signs(PackedConv2d._as_rows(plain.weight)))
+    plain = plain.to(memory_format=torch.channels_last)
+    half, half_x = copy.deepcopy(plain).bfloat16(), x.bfloat16()
+    return {
+        "packed": lambda: packed(x),
+        "fp32": lambda: plain(x),
+        "bf16": lambda: half(half_x),
+        **onnx(plain, (x,), quantize=False),
+    }
+
+
+def dynamic_int8(module: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(nn.Sequential(copy.deepcopy(module)), {nn.Linear}, torch.qint8)
+
+
+def onnx(module: nn.Module, inputs: tuple[Tensor, ...], quantize: bool = True) -> Variants:
+    """The module in onnxruntime, in float32 and dynamically quantized; nothing where that is not installed."""
+    try:
+        import onnxruntime
+        from onnxruntime.quantization import quantize_dynamic
+    except ImportError:
+        return {}
+    variants: Variants = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fp32.onnx"
+        names = [f"x{i}" for i in range(len(inputs))]
+        torch.onnx.export(module, inputs, path, input_names=names, dynamo=False, verbose=False)
+        files = {"onnx fp32": path}
+        if quantize:
+            files["onnx int8"] = Path(folder) / "int8.onnx"
+            quantize_dynamic(path, files["onnx int8"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        fed = {name: value.contiguous().numpy() for name, value in zip(names, inputs, strict=True)}
+        for name, file in files.items():
+            session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+            variants[name] = lambda session=session: session.run(None, fed)
+    return variants
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+class Nothing(nn.Module):
+    """A layer that costs nothing: what is left of a model when they all do is the limit of any kernel."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.outputs, self.conv = layer.weight.shape[0], layer if isinstance(layer, nn.Conv2d) else None
+        self.kept: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape not in self.kept:
+            self.kept[x.shape] = self._zeros(x)
+        return self.kept[x.shape]
+
+    def _zeros(self, x: Tensor) -> Tensor:
+        if self.conv is None:
+            return x.new_zeros((*x.shape[:-1], self.outputs))
+        size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], *self._geometry(), strict=True)]
+        return x.new_zeros((len(x), *size, self.outputs)).permute(0, 3, 1, 2)
+
+    def _geometry(self) -> tuple[Any, Any, Any]:
+        assert self.conv is not None
+        return self.conv.padding, self.conv.kernel_size, self.conv.stride
+
+
+def models(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name, model, inputs in cases(args.quick):
+        found = measure(whole(model, inputs), args.threads, 3 if args.quick else 5, 0.05)
+        rows.append({"name": name, **found})
+        show(rows)
+    return rows
+
+
+def cases(quick: bool) -> Any:
+    """Name, full-precision model, inputs."""
+    small = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    for name, config in (("BERT-base", BertConfig()), ("MiniLM-L6", BertConfig(**small))):
+        model = BertForSequenceClassification(config).eval()
+        for batch in (1,) if quick else (1, 32):
+            for length in (128,) if quick or batch > 1 else (16, 128, 384):
+                ids = torch.randint(1000, (batch, length))
+                yield f"{name}, {batch} x {length}", model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for name, config in (
+        ("ResNet-18", ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic")),
+        ("ResNet-50", ResNetConfig()),
+    ):
+        model = ResNetForImageClassification(config).eval().to(memory_format=torch.channels_last)
+        pixels = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+        yield f"{name}, 1 x 224²", model, {"pixel_values": pixels}
+
+
+def whole(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Variants:
+    packed = {name: packed_model(model, **config) for name, config in CONFIGS.items()}
+    free = packed_model(model)
+    for name, layer in packed_layers(free).items():
+        free.set_submodule(name, Nothing(layer))
+    half = copy.deepcopy(model).bfloat16()
+    half_inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    variants = {name: lambda one=one: one(**inputs) for name, one in packed.items()}
+    variants |= {"fp32": lambda: model(**inputs), "bf16": lambda: half(**half_inputs)}
+    if "input_ids" in inputs:
+        quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
+        variants["int8"] = lambda: quantized(**inputs)
+    return variants | {"layers free": lambda: free(**inputs)}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {"packed": {}, "weights only": {"activations": False}}
+
+
+def packed_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
+    latent = binarize(copy.deepcopy(model), BinarizationConfig(**config))
+    for layer in binary_layers(latent).values():
+        layer.set_frozen(1.0, step=0)
+    return pack(latent)
+
+
+def chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of how many times faster than float32 each variant is; nothing where matplotlib is not installed."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        print("no chart: pip install matplotlib")
+        return
+    names = ["bf16", "int8", "packed", "layers free"]
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.55 * len(rows)))
+    for place, name in enumerate(names):
+        values = [row["fp32"] / row[name] if name in row else 0 for row in rows]
+        axes.barh([i + 0.2 * place for i in range(len(rows))], values, height=0.2, label=name)
+    axes.set_yticks([i + 0.3 for i in range(len(rows))], [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as torch in float32")
+    axes.axvline(1, color="black", linewidth=0.5)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
