@@ -40,6 +40,7 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_stompp import BinarizationConfig, binarize, pack
+from hf_stompp.fusion import fuse
 from hf_stompp.kernels.vectors import WIDTH, popcount_tile
 from hf_stompp.layers import PackedConv2d, PackedLinear
 from hf_stompp.packing import pack_signs
@@ -313,7 +314,9 @@ def packed_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
     latent = binarize(copy.deepcopy(model), BinarizationConfig(**config))
     for layer in binary_layers(latent).values():
         layer.set_frozen(1.0, step=0)
-    return pack(latent)
+    packed = pack(latent)
+    fuse(packed)
+    return packed
 
 
 def chart(rows: list[dict[str, Any]], path: Path) -> None:

@@ -32,7 +32,15 @@ def fuse(model: PreTrainedModel) -> list[tuple[str, str]]:
     f is not computed. Elsewhere, where gradients are kept and under torch.compile, nothing changes.
 
     The same bits come out, but for what two ways of computing f round differently in its last place. Nothing of it is
-    saved.
+    saved. It is for a model that is served as it is: do it last. What is done to one of the layers afterwards, such as
+    hooks, adapters around it, other weights, another device, does not know of the bits.
+
+    Args:
+        model (`PreTrainedModel`): A packed model in evaluation mode.
+
+    Example:
+
+        >>> fuse(AutoModelForSequenceClassification.from_pretrained("bert-sst2-1bit"))  # doctest: +SKIP
     """
     found = trace(model)
     pairs = []
@@ -62,7 +70,7 @@ def _chains(model: PreTrainedModel, found: Trace) -> list[tuple[str, str, str]]:
         if not isinstance(second, PackedLayer) or second.activation_threshold is None or calls[call.name] != 1:
             continue
         before, activation = made.get(id(call.input)), ""
-        if before and isinstance(model.get_submodule(before.name), HALF_RECTIFIED_MODULES):
+        if before and _rises(model.get_submodule(before.name)):
             if calls[before.name] != 1 or found.readers[id(call.input)] != 1:
                 continue
             activation, taken = before.name, before.input
@@ -84,6 +92,11 @@ def _fit(first: PackedLayer, second: PackedLayer) -> bool:
     if isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d):
         return first.known_to_kernels and second.known_to_kernels
     return False
+
+
+def _rises(module: nn.Module) -> bool:
+    """Whether it is an activation function that rises from 0 on, and is not above 0 before."""
+    return isinstance(module, HALF_RECTIFIED_MODULES) and not isinstance(module, nn.Sigmoid)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
 from hf_stompp.folding import FOLDED, remove
-from hf_stompp.fusion import PassesBits, fuse
+from hf_stompp.fusion import PassesBits
 from hf_stompp.layers import BINARY_INPUT, PACKED, PackedEmbedding, PackedLayer
 from hf_stompp.patching import (
     binarize,
@@ -101,7 +101,6 @@ class StomppHfQuantizer(HfQuantizer):
                 check_packed(name, packed)
             for name, table in packed_tables(model).items():
                 check_table(name, table)
-            fuse(model)
             return model
         for name, layer in binary_layers(model).items():
             _fill_added(name, layer, missing_allowed=not self.pre_quantized)

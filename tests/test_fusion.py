@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, kernels, pack, unpack
-from hf_stompp.fusion import PassesBits
+from hf_stompp.fusion import PassesBits, fuse
 from hf_stompp.layers import PackedLayer
 from hf_stompp.patching import binary_layers, packed_layers
 
@@ -26,7 +26,9 @@ def packed(model: PreTrainedModel, inputs: dict[str, Tensor], **config: Any) -> 
     calibrate(model, inputs)
     for layer in binary_layers(model).values():
         layer.set_frozen(1.0, step=0)
-    return pack(model)
+    made = pack(model)
+    fuse(made)
+    return made
 
 
 def handing_on(model: nn.Module) -> list[str]:
@@ -106,12 +108,12 @@ def test_the_threshold_before_an_activation_is_the_first_float_that_reaches_it(
     assert (gelu(below) < threshold).all()
 
 
-def test_it_comes_back_when_loaded_and_is_not_in_the_files(
-    tiny_model: Factory, texts: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_it_is_not_in_the_files(tiny_model: Factory, texts: dict[str, Tensor], tmp_path: Path) -> None:
     model = packed(tiny_model("bert"), texts)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert handing_on(loaded) == []
+    fuse(loaded)
     assert handing_on(loaded) == handing_on(model) != []
     assert not any("next_threshold" in name or "activation_fn.activation" in name for name in loaded.state_dict())
     with kernels.use("cpu"):
@@ -147,3 +149,20 @@ def test_another_reader_of_the_outputs_gets_floats(tiny_model: Factory, texts: d
     for block in model.bert.encoder.layer:
         block.intermediate.intermediate_act_fn = Twice(block.intermediate.intermediate_act_fn)
     assert handing_on(packed(model, texts)) == []
+
+
+def test_a_sigmoid_is_above_0_before_0(tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    model = tiny_model("bert", hidden_act="sigmoid")
+    assert handing_on(packed(model, texts)) == []
+
+
+def test_a_model_in_training_mode_hands_nothing_on(tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    """Dropout, which stands between some layers, takes floats."""
+    model = packed(tiny_model("bert"), texts)
+    assert handing_on(model)
+    taken: list[torch.dtype] = []
+    model.bert.encoder.layer[0].output.dense.register_forward_pre_hook(lambda _, args: taken.append(args[0].dtype))
+    with kernels.use("cpu"):
+        logits(model.train(), texts)
+        logits(model.eval(), texts)
+    assert taken == [torch.float32, torch.int32]

@@ -58,7 +58,7 @@ def use(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _used.remove(name)
+        del _used[len(_used) - 1 - _used[::-1].index(name)]  # the last of them: another thread may have added its own
 
 
 def info() -> str:

@@ -40,8 +40,7 @@ def linear(
     """The outputs `[…, N]` of inputs `[…, K]`, float32, bfloat16 or bits; with `next_threshold`, `[N]`, bits."""
     layer = panels(weight, 1, threshold.shape[0], weight_scale, bias, threshold, levels, next_threshold)
     input = input.contiguous()
-    stride = input.shape[-1]
-    rows = input.numel() // stride
+    stride, rows = input.shape[-1], input.shape[:-1].numel()
     out = result(input.shape[:-1], layer, next_threshold)
     operands = (  # addresses: each array that numba is given takes a microsecond
         *(input.data_ptr(), KINDS[input.dtype], rows, layer.features, stride, *layer.at, layer.signed),

@@ -41,6 +41,10 @@ def conv2d(
     batch, _, *size = input.shape
     sizes = zip(size, kernel, stride, padding, dilation, strict=True)
     height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    if min(height, width) < 1:
+        raise RuntimeError(
+            f"A kernel of {tuple(kernel)} does not fit into images of {tuple(size)}, padded by {padding}."
+        )
     channels, places = len(threshold), kernel[0] * kernel[1]
     layer = panels(weight, places, channels, weight_scale, bias, threshold, levels, next_threshold)
     input = input.contiguous(memory_format=torch.channels_last)

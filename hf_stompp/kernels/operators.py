@@ -11,17 +11,21 @@ from hf_stompp.packing import packed_length, unpack_signs
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _PLAIN = Tensor, nn.Parameter
+_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # as under vmap
 
 
 def cover(input: Tensor, axis: int, features: int, binary_input: bool) -> bool:
     """Whether the kernels take this input of a layer, which has so many features on that axis; the reference does all
     else, and reports errors."""
     dtype, shape = input.dtype, input.shape
-    if dtype == torch.int32 and binary_input:  # bits, of another layer; of two words for each of its panels
-        return len(shape) >= -axis and shape[axis] == 2 * ((features + 63) // 64)
-    if dtype not in _DTYPES or input.device.type != "cpu" or len(shape) < -axis or shape[axis] != features:
+    if input.device.type != "cpu" or len(shape) < -axis or (axis == -3 and len(shape) != 4):
         return False
-    if (axis == -3 and len(shape) != 4) or not (type(input) in _PLAIN or torch.compiler.is_compiling()):
+    compiling = torch.compiler.is_compiling()
+    if dtype == torch.int32 and binary_input:  # bits, of another layer; of two words for each of its panels
+        return not compiling and shape[axis] == 2 * ((features + 63) // 64)
+    if dtype not in _DTYPES or shape[axis] != features:
+        return False
+    if not compiling and (type(input) not in _PLAIN or torch.jit.is_tracing() or _is_functorch_wrapped(input)):
         return False
     return _available(binary_input)
 
@@ -56,7 +60,7 @@ def _as_operator(input: Tensor, bias: Tensor | None) -> bool:
 
 def _handed_on(input: Tensor, next_threshold: Tensor | None) -> Tensor | None:
     """The next threshold, where bits may be handed on: they do not tell which half precision the model has."""
-    whole = input.dtype in (torch.float32, torch.int32)
+    whole = input.dtype in (torch.float32, torch.int32) and not torch.is_autocast_enabled("cpu")
     return next_threshold if whole and not torch.is_grad_enabled() else None
 
 

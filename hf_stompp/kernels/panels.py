@@ -21,7 +21,8 @@ class Panels:
     """The panels of a weight, and what goes with each of their outputs.
 
     Attributes:
-        made_of (`list[int]`): Addresses and versions of the tensors.
+        made_of (`list[int]`): Places and features, and addresses and versions of the tensors, which are kept alive, so
+            that no other one gets the address of one of them.
         blocks, outputs, features (`int`): How many panels there are; N; features of an input.
         signed (`bool`): Whether the levels of the inputs are (-γ, γ), not (0, γ).
         counts (`Tensor`): int32 `[places, 64 · blocks]`: how many bits are set in each place of the kernel, of which a
@@ -59,6 +60,7 @@ class Panels:
         # What is beyond the last output is below its threshold.
         above = None if next_threshold is None else self._padded(next_threshold.float(), torch.inf)
         own = None if threshold is None else threshold.float().contiguous().clone()
+        self._sources = [x.detach() for x in (weight_scale, bias, threshold, levels, next_threshold) if x is not None]
         self._tensors = bits, offsets, gain, biases, above, own  # whose addresses are given out
         self.at = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
 
@@ -85,9 +87,10 @@ def panels(
     are kept on the weight, and go with it."""
     tensors = weight, weight_scale, bias, threshold, levels, next_threshold
     try:
-        made_of = [value for x in tensors if x is not None for value in (x.data_ptr(), x._version)]
+        made_of = [places, features]
+        made_of += [value for x in tensors if x is not None for value in (x.data_ptr(), x._version)]
     except RuntimeError:  # made in inference mode, where no versions are kept
-        made_of = [x.data_ptr() for x in tensors if x is not None]
+        made_of = [places, features, *(x.data_ptr() for x in tensors if x is not None)]
     kept: Panels | None = getattr(weight, _ATTRIBUTE, None)
     if kept is None or kept.made_of != made_of:
         with torch.no_grad():

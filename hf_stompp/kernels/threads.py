@@ -7,7 +7,7 @@ change how many threads torch takes.
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 
@@ -28,4 +28,7 @@ def in_blocks(work: Callable[[int, int], None], length: int, most: int) -> None:
         work(0, length)
         return
     ends = [length * i // blocks for i in range(blocks + 1)]
-    list(_pool().map(work, ends[:-1], ends[1:]))
+    futures = [_pool().submit(work, start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+    wait(futures)  # all of them, also if one fails: they work on memory of the caller's
+    for future in futures:
+        future.result()

@@ -23,7 +23,7 @@ def linear(input: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | N
     """The outputs `[…, N]` of inputs `[…, K]`, in float32 throughout."""
     x = input.float().contiguous()
     layer = panels(weight, 1, x.shape[-1], weight_scale, bias, None, None, None)
-    rows = x.numel() // layer.features
+    rows = x.shape[:-1].numel()
     out = result(x.shape[:-1], layer, None)
     panels_at, _, gain_at, bias_at, *_ = layer.at
     operands = x.data_ptr(), rows, layer.features, panels_at, gain_at, bias_at, out.data_ptr(), layer.outputs

@@ -188,7 +188,8 @@ class PackedLinear(PackedLayer, nn.Linear):
         if operators.cover(input, -1, self.in_features, threshold is not None):
             # As `self.weight` is, in half the time: of a small layer this is a large part.
             own, buffers = self._parameters, self._buffers
-            levels, next_threshold = buffers["activation_levels"], buffers["next_threshold"]
+            levels = buffers["activation_levels"]
+            next_threshold = None if self.training else buffers["next_threshold"]
             scale: Any = buffers["weight_scale"]
             return operators.linear(input, self.weight, scale, own["bias"], threshold, levels, next_threshold)
         return nn.functional.linear(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
@@ -239,10 +240,11 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.known_to_kernels and operators.cover(input, self.FEATURE_AXIS, self.in_channels, True):
-            levels: Any = self.activation_threshold, self.activation_levels
+            threshold: Any = self.activation_threshold
+            levels: Any = self.activation_levels
             geometry: Any = (self.kernel_size, self.stride, self.padding, self.dilation)
-            operands = (input, self.weight, self.weight_scale, self.bias, *levels, geometry, self.next_threshold)
-            return operators.conv2d(*operands)
+            operands = (input, self.weight, self.weight_scale, self.bias, threshold, levels, geometry)
+            return operators.conv2d(*operands, None if self.training else self.next_threshold)
         return self._conv_forward(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
 
 

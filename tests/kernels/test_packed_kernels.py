@@ -290,5 +290,38 @@ def test_the_backend_can_be_chosen_for_a_while() -> None:
         with kernels.use("cpu"):
             assert kernels.backend() == "cpu" and "population count" in kernels.info()
         assert kernels.backend() == "reference"
+    with kernels.use("cpu"), kernels.use("reference"):
+        with kernels.use("cpu"):
+            pass
+        assert kernels.backend() == "reference"
     with pytest.raises(ValueError, match="the backend is 'gpu'; allowed: cpu, reference"), kernels.use("gpu"):
         pass
+
+
+@torch.no_grad()
+def test_one_weight_may_be_read_in_several_ways() -> None:
+    """Rows of 10 and of 12 bits take as many bytes; what was laid out for the one is nothing for the other."""
+    weight, scale = torch.zeros(3, 2, dtype=torch.uint8), torch.ones(3)
+    for features in (10, 12, 10):
+        x = torch.randn(100, features)
+        y = torch.ops.hf_stompp.packed_linear(x, weight, scale, None, None, None)
+        assert torch.allclose(y, -x.sum(dim=1, keepdim=True).expand(-1, 3), atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_follows_operations_gets_the_reference() -> None:
+    """A trace of what the kernels do would be of an uninitialised result."""
+    packed, _ = linear(40, 70, "signed")
+    x, other = torch.randn(2, 5, 40)
+    with kernels.use("cpu"):
+        traced = torch.jit.trace(packed, (x,))
+        assert torch.allclose(traced(other), packed(other), atol=1e-5)
+        assert torch.allclose(torch.vmap(packed)(torch.stack([x, other]))[1], packed(other), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_kernel_that_does_not_fit_is_refused() -> None:
+    layer = nn.Conv2d(3, 4, 5)
+    packed = fill(layer, layer.weight, LEVELS["signed"])
+    with kernels.use("cpu"), pytest.raises(RuntimeError, match=r"A kernel of \(5, 5\) does not fit"):
+        packed(torch.randn(1, 3, 4, 4))
