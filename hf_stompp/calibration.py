@@ -67,13 +67,6 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
     try:
         with _calibrating(model):
             model(**batch)
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ValueError(
-            f"calibrate takes the statistics of the batch, and batch norms cannot of this one ({error}): give it "
-            "more images, or larger ones."
-        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -82,7 +75,8 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
 @contextmanager
 def _calibrating(model: nn.Module) -> Iterator[None]:
     """Nothing is random, and batch norms take the statistics of their batch and leave their running ones alone, but
-    for those that are held in evaluation mode while the model is trained."""
+    for those that are held in evaluation mode while the model is trained. What they say of a batch that has no
+    statistics is said of the batch."""
     modes = {module: module.training for module in model.modules()}
     norms = [module for module in modes if isinstance(module, _BatchNorm) and module.track_running_stats]
     norms = [norm for norm in norms if norm.training or not model.training]
@@ -91,6 +85,13 @@ def _calibrating(model: nn.Module) -> Iterator[None]:
         for norm in norms:
             norm.training, norm.track_running_stats = True, False
         yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"calibrate takes the statistics of the batch, and batch norms cannot of this one ({error}): give it "
+            "more images, or larger ones."
+        ) from error
     finally:
         for norm in norms:
             norm.track_running_stats = True

@@ -94,32 +94,32 @@ def push(
         >>> push(pack(model), "user/bert-sst2-1bit", tokenizer=tokenizer)  # doctest: +SKIP
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = _saved(model_or_folder, tokenizer, Path(temporary), latent)
-        model = load_complete(folder, latent=latent)
-        _warn_of_missing_processor(model, folder)
-        text = _card_text(card, model, folder)
+        folder, model = _saved(model_or_folder, tokenizer, Path(temporary), latent)
+        files, text = _files(folder), _card_text(card, model, folder)
         message = commit_message or "Upload a 1-bit model with hf_stompp"
         publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
         try:
-            return publication.commit(
-                _files(folder), text, message, lambda there: card is None and _stays(there, folder)
-            )
+            return publication.commit(files, text, message, lambda there: card is None and _stays(there, folder))
         except (HTTPError, json.JSONDecodeError) as error:
             raise _explained(error, publication) from error
 
 
-def _saved(model_or_folder: Any, tokenizer: Any, temporary: Path, latent: bool) -> Path:
-    """The folder to push; a model is saved into `temporary`."""
-    if not isinstance(model_or_folder, PreTrainedModel):
+def _saved(model_or_folder: Any, tokenizer: Any, temporary: Path, latent: bool) -> tuple[Path, PreTrainedModel]:
+    """The folder to push, and the model as it loads from there; one in memory is saved into `temporary` before."""
+    folder = temporary
+    if isinstance(model_or_folder, PreTrainedModel):
+        name = f"This {type(model_or_folder).__name__}"
+        check_kind(getattr(model_or_folder.config, "quantization_config", None), name, latent=latent)
+        model_or_folder.save_pretrained(folder)
         if tokenizer is not None:
-            raise TypeError("push takes a tokenizer with a model; save it into the folder: tokenizer.save_pretrained.")
-        return Path(model_or_folder)
-    name = f"This {type(model_or_folder).__name__}"
-    check_kind(getattr(model_or_folder.config, "quantization_config", None), name, latent=latent)
-    model_or_folder.save_pretrained(temporary)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    return temporary
+            tokenizer.save_pretrained(folder)
+    elif tokenizer is not None:
+        raise TypeError("push takes a tokenizer with a model; save it into the folder: tokenizer.save_pretrained.")
+    else:
+        folder = Path(model_or_folder)
+    model = load_complete(folder, latent=latent)
+    _warn_of_missing_processor(model, folder)
+    return folder, model
 
 
 def _warn_of_missing_processor(model: PreTrainedModel, folder: Path) -> None:

@@ -3,7 +3,6 @@
 Nothing is read off names: what the model executes on meta tensors says it (see `tracing`).
 """
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -235,16 +234,19 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
     if all(plan.skipped for plan in plans):
         raise ValueError(
             f"BinarizationConfig selects none of the {len(plans)} layers and embedding tables of "
-            f"{type(model).__name__} (include={config.include}, exclude={config.exclude}). Only nn.Linear and "
-            f"nn.Conv2d themselves are binarized, not what is made after them{_left_alone(model)}."
+            f"{type(model).__name__} (include={config.include}, exclude={config.exclude}). Only nn.Linear, nn.Conv2d "
+            f"and nn.Embedding themselves are binarized, not what is made after them{_left_alone(model)}."
         )
     return _number_units(plans)
 
 
 def _left_alone(model: PreTrainedModel) -> str:
-    """The classes of layers that are of other kinds, in brackets."""
-    names = {type(module).__name__ for module in model.modules() if type(module) not in LAYERS + TABLES}
-    names = {name for name in names if re.search("Linear|Conv", name) and not re.search("Layer|Block|Stage", name)}
+    """The classes of other modules that have a matrix of weights, or one of more dimensions, in brackets."""
+    names = set()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) not in LAYERS + TABLES and isinstance(weight, Tensor) and weight.dim() > 1:
+            names.add(type(module).__name__)
     return f" ({', '.join(sorted(names)[:5])})" if names else ""
 
 

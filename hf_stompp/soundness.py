@@ -14,22 +14,26 @@ from hf_stompp.packing import packed_length
 from hf_stompp.patching import name_in_base
 from hf_stompp.rewiring import rewire, rewires
 
+_ENTRIES = ({"bits"}, {"unit", "bits"}, {"unit", "levels"}, {"unit", "levels", "shape"})
+
+
+def _allowed(field: str, value: Any) -> bool:
+    if field == "levels":
+        return value in (None, "signed", "unsigned")
+    if field == "shape":
+        return isinstance(value, list) and all(type(size) is int for size in value)
+    numbers = range(1 << 16) if field == "unit" else (1, 4, 8, 16)
+    return type(value) is int and value in numbers  # neither True nor 1.0
+
 
 def check_entry(key: str, entry: Any) -> None:
     """Refuses what is no entry of `config.modules`."""
-    kinds = ({"bits"}, {"unit", "bits"}, {"unit", "levels"}, {"unit", "levels", "shape"})
-    right = isinstance(entry, dict) and set(entry) in kinds
-    for field, allowed in (
-        ("unit", range(1 << 16)),
-        ("bits", (1, 4, 8, 16)),
-        ("levels", (None, "signed", "unsigned")),
-    ):
-        right = right and entry.get(field, allowed[0]) in allowed
-    if not right:
+    right = isinstance(entry, dict) and set(entry) in _ENTRIES
+    if not right or not all(_allowed(field, value) for field, value in entry.items()):
         raise ValueError(
             f"quantization_config.modules[{key!r}] in config.json is {entry!r}; allowed: unit, a number, with levels, "
-            "'signed', 'unsigned' or null, and of a convolution shape; or bits of a table, 1, 4, 8 or 16. The config "
-            "is corrupted: save or download it again."
+            "'signed', 'unsigned' or null, and of a convolution shape, a list of numbers; or bits of a table, 1, 4, 8 "
+            "or 16. The config is corrupted: save or download it again."
         )
 
 

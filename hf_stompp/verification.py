@@ -27,7 +27,7 @@ from hf_stompp.config import BinarizationConfig
 from hf_stompp.figures import Figures
 from hf_stompp.results import Scored
 from hf_stompp.scoring import MissingExtra, Scorer, require_extra
-from hf_stompp.soundness import check_folded
+from hf_stompp.soundness import check_entry, check_folded
 
 _CARD = "README.md"
 _QUANTIZATION = "quantization_config"
@@ -310,7 +310,9 @@ def _check_modules(config: BinarizationConfig, tensors: Mapping[str, Tensor]) ->
     """Refuses a list of packed modules other than those whose `weight` is bits."""
     packed = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     packed = [name for name in packed if tensors[f"{name}.weight"].dtype == torch.uint8]
-    listed = {key: dict(entry) for key, entry in config.modules.items()}
+    listed = dict(config.modules)
+    for module, entry in listed.items():
+        check_entry(module, entry)
     for name in packed:
         # Names are those inside the base model.
         key = max((key for key in listed if f".{name}".endswith(f".{key}")), key=len, default=None)
@@ -333,16 +335,16 @@ def _check_module(
     levels = tensors.get(f"{name}.activation_levels")
     if (levels is None) != (f"{name}.activation_threshold" not in tensors):
         raise ValueError(f"{name} has one of activation_levels and activation_threshold in the files, not both.")
-    unit = entry.get("unit") if type(entry.get("unit")) is int else "a number"
-    expected: dict[str, Any] = {"unit": unit, "bits": 1} if "unit" in entry else {"bits": config.embedding_bits}
-    if "bits" not in entry:
+    # Nothing in the tensors says the unit, and what they say of a shape is checked as they are loaded.
+    if "bits" in entry:
+        expected = {**entry, "bits": 1 if "unit" in entry else config.embedding_bits}
+    else:
         sign = None if levels is None else "unsigned" if levels.flatten()[0] == 0 else "signed"
-        expected = {"unit": unit, "levels": sign}
-        expected |= {key: value for key, value in entry.items() if key == "shape"}  # loading checks it
+        expected = {**entry, "levels": sign}
         if config.activations != (levels is not None):
             raise ValueError(f"{_QUANTIZATION} has activations={config.activations}, but {name} is not like that.")
-    if json.dumps(entry, sort_keys=True) != json.dumps(expected, sort_keys=True):
-        raise ValueError(f"{what} is {dict(entry)}, but the files have {expected}.")
+    if entry != expected:
+        raise ValueError(f"{what} is {entry}, but the files have {expected}.")
 
 
 @contextmanager

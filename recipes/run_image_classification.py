@@ -106,11 +106,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             (recipe.image_column, recipe.label_column),
             (recipe.max_train_samples, recipe.max_eval_samples),
         )
-        transforms = make_transforms(recipe, task, load_config(recipe, task.labels))
+        model_config = load_config(recipe, task.labels)
+        transforms = make_transforms(recipe, task, model_config)
         train_data = Images(task.train, task.columns, transforms.train, args.seed)
         eval_data = Images(task.evaluation, task.columns, transforms.evaluate)
     trainer = Trainer(
-        load_model(recipe, task.labels, binarization),
+        load_model(recipe, model_config, binarization),
         args,
         train_dataset=train_data,
         eval_dataset=eval_data,
@@ -167,7 +168,7 @@ def make_transforms(recipe: RecipeArguments, task: ImageTask, config: PreTrained
     """As the flags say; what they leave open is the model's, then that of the images."""
     mean, std = recipe.image_mean, recipe.image_std
     if recipe.model_name_or_path is not None and None in (mean, std):
-        found = pretrained_statistics(recipe.model_name_or_path)
+        found = pretrained_statistics(recipe.model_name_or_path, config)
         mean, std = mean or found[0], std or found[1]
     made_for = getattr(config, "image_size", None)  # a ResNet takes any size, a ViT the one that it was made for
     made_for = made_for if isinstance(made_for, int) else None
@@ -175,9 +176,8 @@ def make_transforms(recipe: RecipeArguments, task: ImageTask, config: PreTrained
     return Transforms(size, mean or [0.5] * 3, std or [0.5] * 3, recipe.augmentation)
 
 
-def pretrained_statistics(source: str) -> tuple[list[float], list[float]]:
+def pretrained_statistics(source: str, config: PreTrainedConfig) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of red, green and blue that a pretrained model's image processor takes off."""
-    config = AutoConfig.from_pretrained(source)
     if config.model_type == "timm_wrapper":  # whose image processor has no such fields
         return config.pretrained_cfg["mean"], config.pretrained_cfg["std"]
     settings = AutoImageProcessor.from_pretrained(source).to_dict()
@@ -191,10 +191,9 @@ def pretrained_statistics(source: str) -> tuple[list[float], list[float]]:
 
 
 def load_model(
-    recipe: RecipeArguments, labels: Sequence[str], binarization: BinarizationConfig | None
+    recipe: RecipeArguments, config: PreTrainedConfig, binarization: BinarizationConfig | None
 ) -> PreTrainedModel:
-    """A pretrained model with a new head unless its classes are these, or one from scratch."""
-    config = load_config(recipe, labels)
+    """A pretrained model with a new head unless its classes are those of the config, or one from scratch."""
     if recipe.model_name_or_path is not None:
         options = {"quantization_config": binarization} if binarization else {}
         model = AutoModelForImageClassification.from_pretrained(

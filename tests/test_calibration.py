@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_model import ImageModel
 from numpy_convolution import batch_norm, convolve
+from numpy_latent import lloyd_level
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_stompp import BinarizationConfig, binarize, calibrate
 from hf_stompp.patching import binary_layers
@@ -18,19 +20,10 @@ Factory = Callable[..., Any]
 FULL_PRECISION = BinarizationConfig(clip=None)
 
 
-class ChainConfig(PreTrainedConfig):
-    model_type = "chain"
-
-
-class Chain(PreTrainedModel):
+class Chain(ImageModel):
     """Convolutions in a row with signed inputs, of every kind of compensation. Their inputs are far off zero."""
 
-    config_class = ChainConfig
-    main_input_name = "pixel_values"
-    base_model_prefix = ""
-
-    def __init__(self, padding: int = 0, running: bool = True) -> None:
-        super().__init__(ChainConfig())
+    def add_layers(self, padding: int = 0, running: bool = True) -> None:
         self.stem = nn.Conv2d(3, 6, 3)
         self.plain = nn.Conv2d(6, 8, 3, stride=2, padding=padding, bias=False)
         self.plain_norm = nn.BatchNorm2d(8, track_running_stats=running)
@@ -39,7 +32,6 @@ class Chain(PreTrainedModel):
         self.biased = nn.Conv2d(12, 6, 1)
         self.biased_norm = nn.BatchNorm2d(6, track_running_stats=running)
         self.lonely = nn.Conv2d(6, 5, 2, bias=False)
-        self.post_init()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = torch.tanh(self.stem(pixel_values))
@@ -120,16 +112,6 @@ def test_scales_and_shifts_are_those_under_the_statistics_of_the_batch() -> None
         scale = np.abs(seen[name] - shift[:, None, None]).mean()
         assert layer.activation_scale.item() == pytest.approx(scale, rel=1e-4), name
         assert layer.calibrated
-
-
-def lloyd_level(x: np.ndarray) -> float:
-    """The upper level of the two-level quantizer {0, γ}, by Lloyd's algorithm from 2·mean."""
-    level = 2 * np.maximum(x, 0).mean()
-    for _ in range(1000):
-        previous, level = level, x[x >= level / 2].mean()
-        if level == previous:
-            break
-    return level
 
 
 @pytest.mark.parametrize("vision", ["resnet-18", "mobilenet-v2"])

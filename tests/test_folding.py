@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from image_model import ImageModel
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, RegNetConfig, ResNetConfig
+from transformers import AutoModelForImageClassification, RegNetConfig, ResNetConfig
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack, unpack, verify
 from hf_stompp.folding import _outcome, smallest_reaching
@@ -174,23 +175,14 @@ def test_the_latent_model_is_not_changed(frozen: Callable[..., nn.Module]) -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-class Tower(PreTrainedModel):
+class Tower(ImageModel):
     """A convolution that is executed twice, on what comes out of two batch norms; and one before a norm and a sum."""
 
-    config_class = PreTrainedConfig
-    main_input_name = "pixel_values"
-    base_model_prefix = "tower"
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
+    def add_layers(self) -> None:
         self.stem = nn.Conv2d(3, 8, 3)
         self.one, self.two = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
         self.norm_one, self.norm_two = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
         self.shared = nn.Conv2d(8, 8, 3, padding=1)
-        self.post_init()
-
-    def get_input_embeddings(self) -> None:
-        return None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.stem(pixel_values)
@@ -200,7 +192,7 @@ class Tower(PreTrainedModel):
 def test_a_norm_before_a_convolution_that_is_executed_twice_stays() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Tower(PreTrainedConfig()).eval()
+        model = Tower().eval()
     for norm, value in ((model.norm_one, 0.5), (model.norm_two, -0.5)):
         norm.running_mean.fill_(value)
     binarize(model, BinarizationConfig())

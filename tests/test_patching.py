@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy_latent import lloyd_level
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -178,16 +179,6 @@ def test_a_refused_model_is_left_as_it_was(tiny_model: ModelFactory) -> None:
 
 
 # --- calibrate -----------------------------------------------------------------------------------------------------
-
-
-def lloyd_level(x: np.ndarray) -> float:
-    """The upper level of the two-level quantizer {0, γ}, by Lloyd's algorithm from 2·mean."""
-    level = 2 * np.maximum(x, 0).mean()
-    for _ in range(1000):
-        previous, level = level, x[x >= level / 2].mean()
-        if level == previous:
-            break
-    return level
 
 
 def check_scales(layers: dict[str, BinaryLinear], seen: dict[str, np.ndarray], shifted: bool) -> None:

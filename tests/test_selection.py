@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from image_model import ImageModel
 from torch import Tensor, nn
 from transformers import (
     BitConfig,
@@ -13,7 +14,6 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2Model,
-    PreTrainedConfig,
     PreTrainedModel,
     SiglipForImageClassification,
     Swinv2Config,
@@ -389,24 +389,15 @@ def test_a_vision_model_with_a_table_of_positions(kind: type[PreTrainedModel]) -
     assert roles["vision_model.encoder.layers.0.mlp.fc1"] == "encoder"
 
 
-class Residual(PreTrainedModel):
+class Residual(ImageModel):
     """A block as in a ResNet-D, whose shortcut takes the average of what the others take; then a head on averages."""
 
-    config_class = PreTrainedConfig
-    main_input_name = "pixel_values"
-    base_model_prefix = "residual"
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
+    def add_layers(self) -> None:
         self.stem = nn.Conv2d(3, 8, 3)
         self.one = nn.Conv2d(8, 8, 3, stride=2, padding=1)
         self.two = nn.Conv2d(8, 8, 3, padding=1)
         self.pool, self.down = nn.AvgPool2d(2, 2, ceil_mode=True), nn.Conv2d(8, 8, 1)
         self.act, self.after = nn.ReLU(), nn.Linear(8, 4)
-        self.post_init()
-
-    def get_input_embeddings(self) -> None:
-        return None
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.act(self.stem(pixel_values))
@@ -415,7 +406,7 @@ class Residual(PreTrainedModel):
 
 
 def test_a_shortcut_may_take_averages() -> None:
-    plans = {plan.name: plan for plan in select(Residual(PreTrainedConfig()), BinarizationConfig())}
+    plans = {plan.name: plan for plan in select(Residual(), BinarizationConfig())}
     roles = {name: plan.role for name, plan in plans.items()}
     assert roles == {"stem": "stem", "one": "encoder", "two": "encoder", "down": "shortcut", "after": "encoder"}
     assert plans["down"].unsigned and plans["after"].unsigned  # averages of what is not negative
@@ -423,5 +414,33 @@ def test_a_shortcut_may_take_averages() -> None:
 
 def test_the_error_names_layers_that_are_no_plain_ones() -> None:
     model = BitForImageClassification(BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=4))
-    with pytest.raises(ValueError, match="not what is made after them .*WeightStandardizedConv2d"):
+    with pytest.raises(ValueError, match=r"not what is made after them \(WeightStandardizedConv2d\)\.$"):
         select(model, BinarizationConfig())
+
+
+class Projection(nn.Linear):
+    """A layer by what it has, not by its name."""
+
+
+class LinearBlock(nn.Module):
+    """A layer by its name alone: its weight is that of a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.inner = nn.Parameter(torch.ones(8)), Projection(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.weight
+
+
+class Projected(ImageModel):
+    def add_layers(self) -> None:
+        self.block = LinearBlock()
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.block(pixel_values.movedim(1, -1))
+
+
+def test_the_error_goes_by_weights_and_not_by_names() -> None:
+    with pytest.raises(ValueError, match=r"not what is made after them \(Projection\)\.$"):
+        select(Projected(), BinarizationConfig())

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_model import ImageModel
 from torch import Tensor, nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, pack
@@ -33,15 +34,11 @@ class Backbone(nn.Module):
         return self.fc(self.conv(self.stem(x).relu()).mean((2, 3)))
 
 
-class Wrapper(PreTrainedModel):
-    config_class = PreTrainedConfig
+class Wrapper(ImageModel):
     base_model_prefix = "timm_model"
-    main_input_name = "pixel_values"
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
+    def add_layers(self) -> None:
         self.timm_model = Backbone()
-        self.post_init()
 
     def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
         return ImageClassifierOutput(logits=self.timm_model(pixel_values))
@@ -55,7 +52,7 @@ def freeze(model: PreTrainedModel, pixels: Tensor) -> PreTrainedModel:
 
 
 def test_the_classifier_of_a_wrapped_model_is_its_head() -> None:
-    plans = {plan.name: plan for plan in select(Wrapper(PreTrainedConfig()), BinarizationConfig())}
+    plans = {plan.name: plan for plan in select(Wrapper(), BinarizationConfig())}
     roles = {name: plan.role for name, plan in plans.items()}
     assert roles == {"timm_model.stem": "stem", "timm_model.conv": "encoder", "timm_model.fc": "head"}
     assert plans["timm_model.conv"].key == "conv" and plans["timm_model.conv"].unsigned
@@ -63,7 +60,7 @@ def test_the_classifier_of_a_wrapped_model_is_its_head() -> None:
 
 @pytest.mark.usefixtures("reference_kernels")
 def test_a_wrapped_model_is_binarized_and_packed() -> None:
-    model = binarize(Wrapper(PreTrainedConfig()), BinarizationConfig())
+    model = binarize(Wrapper(), BinarizationConfig())
     pixels = torch.randn(2, 3, 20, 12, generator=torch.Generator().manual_seed(0))
     packed = pack(freeze(model, pixels))
     with torch.no_grad():

@@ -124,6 +124,34 @@ def test_wrong_arguments_raise(packed_folder: Path, tmp_path: Path) -> None:
         verify(packed_folder, dataset_dir=tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        {"unit": 0},
+        {"unit": True, "levels": "signed"},
+        {"unit": 0.0, "levels": "signed"},
+        {"unit": "0", "levels": "signed"},
+        {"unit": -1, "levels": "signed"},
+        {"unit": 0, "levels": "both"},
+        {"unit": 0, "levels": "signed", "shape": 8},
+        {"unit": 0, "levels": "signed", "shape": [8.0]},
+        {"bits": True},
+        {"bits": 2},
+    ],
+    ids=str,
+)
+def test_an_entry_of_modules_that_is_none_is_refused(entry: Any, packed_folder: Path) -> None:
+    content = json.loads((packed_folder / "config.json").read_text())
+    key = next(iter(content["quantization_config"]["modules"]))
+    content["quantization_config"]["modules"][key] = entry
+    (packed_folder / "config.json").write_text(json.dumps(content))
+    message = f"quantization_config.modules[{key!r}] in config.json is {entry!r}; allowed: unit, a number, with"
+    assert f"config: {message}" in failure(verify(packed_folder))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        AutoModelForSequenceClassification.from_pretrained(packed_folder)
+
+
 # --- the card --------------------------------------------------------------------------------------------------------
 
 

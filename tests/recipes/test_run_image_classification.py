@@ -198,21 +198,23 @@ def test_an_unknown_flag_is_refused_with_its_neighbour() -> None:
 
 def test_the_momentum_of_batch_norms_can_be_set(run: Callable[..., dict[str, Any]]) -> None:
     arguments = parse(*DIGITS, *TINY, "--batch_norm_momentum", "0.25")
-    norms = [m for m in recipe.load_model(arguments, ["0", "1"], None).modules() if isinstance(m, nn.BatchNorm2d)]
+    model = recipe.load_model(arguments, recipe.load_config(arguments, ["0", "1"]), None)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and {norm.momentum for norm in norms} == {0.25}
     with pytest.raises(ValueError, match=r"batch_norm_momentum: received 1.5; allowed: above 0, up to 1"):
         run(*DIGITS, *TINY, "--batch_norm_momentum", "1.5")
 
 
 def test_a_processor_that_does_something_else_is_refused(tmp_path: Path) -> None:
-    ResNetConfig(image_size=32).save_pretrained(tmp_path)
+    config = ResNetConfig(image_size=32)
+    config.save_pretrained(tmp_path)
     ViTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]).save_pretrained(tmp_path)
-    assert recipe.pretrained_statistics(str(tmp_path)) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
+    assert recipe.pretrained_statistics(str(tmp_path), config) == ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
     ViTImageProcessorPil(do_normalize=False).save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match="does not normalize red, green and blue .* Pass --image_mean and --image_std"
     ):
-        recipe.pretrained_statistics(str(tmp_path))
+        recipe.pretrained_statistics(str(tmp_path), config)
 
 
 @pytest.mark.parametrize(
