@@ -5,12 +5,13 @@
     python benchmarks/inference.py models --threads 2 --quick
 
 All variants of a row run in turn, round by round in one process, so that a machine whose speed drifts slows all of
-them alike. The tables give the median time of the packed one, and the medians of the ratios to it, round by round.
-Times are processor time of one thread, or with several threads wall time. Weights are random: speed only. Writes
+them alike. The tables give the median time of W1A1, and the medians of the ratios to it, round by round. Times are
+processor time of one thread, or with several threads wall time. Weights are random: speed only. glibc is told to keep
+the memory that it has, for all of them: else most of a large result is the system's work of finding memory. Writes
 `benchmarks/results/inference_KIND_THREADS.json`, and for models a chart beside it.
 
-*share* is how much of the processor's own limit a layer reaches: of the rate of xor, population count and addition in
-the kernel's innermost loop on data in the first cache, which is measured in each round too.
+*of the limit* is how much of the processor's own limit a layer reaches: of the rate of xor, population count and
+addition in the kernel's innermost loop on data in the first cache, which is measured in each round too.
 """
 
 import argparse
@@ -19,10 +20,11 @@ import functools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,7 @@ CONVOLUTIONS = (
     ),
 )
 Variants = dict[str, Callable[[], Any]]
+MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
 def main() -> None:
@@ -70,12 +73,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="fewer rows and rounds")
     args = parser.parse_args()
+    if os.environ.keys().isdisjoint(MEMORY):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY})
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    with torch.no_grad():
-        rows = layers(args) if args.kind == "layers" else models(args)
+    rows: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        for row in (layers if args.kind == "layers" else models)(args):
+            rows.append(row)
+            show(row, rows[-2] if len(rows) > 1 else None)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"inference_{args.kind}_{args.threads}.json"
     path.write_text(json.dumps({"processor": processor(), "threads": args.threads, "rows": rows}, indent=2) + "\n")
@@ -92,40 +100,34 @@ def processor() -> str:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measure(
-    variants: Variants, threads: int, rounds: int, seconds: float, limit: Callable[[], float] = lambda: 0.0
-) -> dict[str, float]:
-    """Name → median seconds, and `name/first` → median of the ratio to the first variant; and the median of `limit`,
-    which is measured in each round too."""
+def measure(variants: Variants, threads: int, rounds: int, seconds: float) -> dict[str, float]:
+    """Name → median seconds, and `name/W1A1` → median of the ratio to that one."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     repeats = {}
     for name, run in variants.items():
-        run(), run()  # what is compiled or laid out at first
+        run()  # what is compiled or laid out at first
         start = clock()
         run()
         repeats[name] = max(1, min(1000, int(seconds / max(clock() - start, 1e-6))))
     times: dict[str, list[float]] = {name: [] for name in variants}
-    limits = []
     for _ in range(rounds):
-        limits.append(limit())
         for name, run in variants.items():
             start = clock()
             for _ in range(repeats[name]):
                 run()
             times[name].append((clock() - start) / repeats[name])
-    first = next(iter(variants))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = {
-        f"{name}/{first}": statistics.median(a / b for a, b in zip(values, times[first], strict=True))
-        for name, values in times.items()
-        if name != first
-    }
-    return medians | ratios | {"limit": statistics.median(limits)}
+    found = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        found[f"{name}/W1A1"] = statistics.median(a / b for a, b in zip(values, times["W1A1"], strict=True))
+    return found
+
+
+MULTIPLICATIONS = 2000 * 6 * WIDTH * 32 * 96
 
 
 @functools.cache
-def inner_loop() -> Callable[[], float]:
-    """Measures how many multiplications a second the kernel's innermost loop does, on data in the first cache."""
+def innermost_loop() -> Callable[[], None]:
+    """Does so many multiplications in the kernel's innermost loop, on data in the first cache."""
     tile, words = popcount_tile(6, False), 96
     panel, x = (torch.zeros(n, words, dtype=torch.int32) for n in (WIDTH, 6))
     offsets, floats, out = torch.zeros(WIDTH, dtype=torch.int32), torch.zeros(WIDTH), torch.zeros(6, WIDTH)
@@ -136,45 +138,46 @@ def inner_loop() -> Callable[[], float]:
         for _ in range(times):
             tile(x, words, panel, words, places, floats, floats, floats, np.int32(2), out, 64, 0)
 
-    def rate() -> float:
-        start = time.thread_time()
-        run(2000, x.data_ptr(), panel.data_ptr(), words, places.ctypes.data, floats.data_ptr(), out.data_ptr())
-        return 2000 * 6 * WIDTH * 32 * words / (time.thread_time() - start)
-
-    rate()
-    return rate
+    return lambda: run(
+        2000, x.data_ptr(), panel.data_ptr(), words, places.ctypes.data, floats.data_ptr(), out.data_ptr()
+    )
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """The last row, and before the first one a heading."""
-    columns = [key for key in rows[-1] if "/" in key]
-    if len(rows) == 1:
-        heads = ["", "packed", *(key.partition("/")[0] for key in columns), *(["share"] if "share" in rows[0] else [])]
-        print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
-    row = rows[-1]
-    cells = [row["name"], f"{row['packed'] * 1e3:.3f} ms", *(f"{row[key]:.1f}x" for key in columns)]
+def show(row: dict[str, Any], before: dict[str, Any] | None) -> None:
+    """A row of a table; a heading, if it has not the columns of the one before."""
+
+    def heads(row: dict[str, Any]) -> list[str]:
+        return ["", "W1A1 ms", *(key for key in COLUMNS if key in row), *(["of the limit"] if "share" in row else [])]
+
+    if before is None or heads(before) != heads(row):
+        print("\n| " + " | ".join(heads(row)) + " |\n|" + "---|" * len(heads(row)))
+    milliseconds = row["W1A1"] * 1e3
+    cells = [row["name"], f"{milliseconds:.3f}" if milliseconds < 1 else f"{milliseconds:.1f}"]
+    cells += [f"{row[f'{key}/W1A1']:.1f}" for key in COLUMNS if key in row]
     cells += [f"{row['share']:.0%}"] if "share" in row else []
     print("| " + " | ".join(cells) + " |", flush=True)
+
+
+COLUMNS = ("fp32", "bf16", "int8", "onnx fp32", "onnx int8", "W1A32", "W1A1 bf16", "layers free")
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
-def layers(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def layers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for features, outputs in LINEARS:
         for m in ROWS[::2] if args.quick else ROWS:
-            found = measure(linears(m, features, outputs), args.threads, 5 if args.quick else 15, 0.02, inner_loop())
-            share = m * features * outputs / found["packed"] / found["limit"] / args.threads
-            rows.append({"name": f"{m} x {features} x {outputs}", **found, "share": share})
-            show(rows)
+            yield layer(args, f"{m} x {features} x {outputs}", linears(m, features, outputs), m * features * outputs)
     for channels, outputs, size, kernel in CONVOLUTIONS[::3] if args.quick else CONVOLUTIONS:
-        variants = convolutions(channels, outputs, size, kernel)
-        found = measure(variants, args.threads, 5 if args.quick else 15, 0.02, inner_loop())
-        share = channels * outputs * size**2 * kernel**2 / found["packed"] / found["limit"] / args.threads
-        rows.append({"name": f"{channels} → {outputs}, {kernel}x{kernel}, {size}x{size}", **found, "share": share})
-        show(rows)
-    return rows
+        name = f"{channels} → {outputs}, {kernel}x{kernel}, {size}x{size}"
+        work = channels * outputs * size**2 * kernel**2
+        yield layer(args, name, convolutions(channels, outputs, size, kernel), work)
+
+
+def layer(args: argparse.Namespace, name: str, variants: Variants, work: int) -> dict[str, Any]:
+    found = measure(variants | {"limit": innermost_loop()}, args.threads, 5 if args.quick else 15, 0.02)
+    share = work / found["W1A1"] * found["limit"] / MULTIPLICATIONS / args.threads
+    return {"name": name, **found, "share": share}
 
 
 def linears(rows: int, features: int, outputs: int) -> Variants:
@@ -185,8 +188,8 @@ def linears(rows: int, features: int, outputs: int) -> Variants:
     half, half_x = copy.deepcopy(plain).bfloat16(), x.bfloat16()
     quantized = dynamic_int8(plain)
     return {
-        "packed": lambda: binary(x),
-        "weights only": lambda: weights(x),
+        "W1A1": lambda: binary(x),
+        "W1A32": lambda: weights(x),
         "fp32": lambda: plain(x),
         "bf16": lambda: half(half_x),
         "int8": lambda: quantized(x),
@@ -197,12 +200,14 @@ def linears(rows: int, features: int, outputs: int) -> Variants:
 def convolutions(channels: int, outputs: int, size: int, kernel: int) -> Variants:
     x = torch.randn(1, channels, size, size).contiguous(memory_format=torch.channels_last)
     plain = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2, bias=False)
-    packed = PackedConv2d.empty(plain, True)
-    packed.weight.copy_(pack_signs(PackedConv2d._as_rows(plain.weight)))
+    packed, weights = (PackedConv2d.empty(plain, binary_input) for binary_input in (True, False))
+    for one in (packed, weights):
+        one.weight.copy_(pack_signs(PackedConv2d._as_rows(plain.weight)))
     plain = plain.to(memory_format=torch.channels_last)
     half, half_x = copy.deepcopy(plain).bfloat16(), x.bfloat16()
     return {
-        "packed": lambda: packed(x),
+        "W1A1": lambda: packed(x),
+        "W1A32": lambda: weights(x),
         "fp32": lambda: plain(x),
         "bf16": lambda: half(half_x),
         **onnx(plain, (x,), quantize=False),
@@ -214,7 +219,8 @@ def dynamic_int8(module: nn.Module) -> nn.Module:
 
 
 def onnx(module: nn.Module, inputs: tuple[Tensor, ...], quantize: bool = True) -> Variants:
-    """The module in onnxruntime, in float32 and dynamically quantized; nothing where that is not installed."""
+    """The module in onnxruntime, in float32 and dynamically quantized; nothing where that is not installed. It has no
+    dynamic quantization of convolutions that is fast."""
     try:
         import onnxruntime
         from onnxruntime.quantization import quantize_dynamic
@@ -242,78 +248,87 @@ def onnx(module: nn.Module, inputs: tuple[Tensor, ...], quantize: bool = True) -
 
 
 class Nothing(nn.Module):
-    """A layer that costs nothing: what is left of a model when they all do is the limit of any kernel."""
+    """A layer that costs nothing after its first call: what is left of a model when they all do is the limit of any
+    kernel."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.outputs, self.conv = layer.weight.shape[0], layer if isinstance(layer, nn.Conv2d) else None
-        self.kept: dict[tuple[int, ...], Tensor] = {}
+        self.layer, self.kept = layer, {}
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape not in self.kept:
-            self.kept[x.shape] = self._zeros(x)
+            self.kept[x.shape] = self.layer(x)
         return self.kept[x.shape]
 
-    def _zeros(self, x: Tensor) -> Tensor:
-        if self.conv is None:
-            return x.new_zeros((*x.shape[:-1], self.outputs))
-        size = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(x.shape[2:], *self._geometry(), strict=True)]
-        return x.new_zeros((len(x), *size, self.outputs)).permute(0, 3, 1, 2)
 
-    def _geometry(self) -> tuple[Any, Any, Any]:
-        assert self.conv is not None
-        return self.conv.padding, self.conv.kernel_size, self.conv.stride
+def models(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, model, inputs, rounds in cases(args.quick):
+        yield {"name": name, **measure(whole(model, inputs), args.threads, rounds, 0.05)}
 
 
-def models(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for name, model, inputs in cases(args.quick):
-        found = measure(whole(model, inputs), args.threads, 3 if args.quick else 5, 0.05)
-        rows.append({"name": name, **found})
-        show(rows)
-    return rows
-
-
-def cases(quick: bool) -> Any:
-    """Name, full-precision model, inputs."""
+def cases(quick: bool) -> Iterator[tuple[str, PreTrainedModel, dict[str, Tensor], int]]:
+    """Name, full-precision model, inputs, rounds."""
     small = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
     for name, config in (("BERT-base", BertConfig()), ("MiniLM-L6", BertConfig(**small))):
         model = BertForSequenceClassification(config).eval()
         for batch in (1,) if quick else (1, 32):
-            for length in (128,) if quick or batch > 1 else (16, 128, 384):
+            for length in (128,) if quick else (16, 128, 384):
                 ids = torch.randint(1000, (batch, length))
-                yield f"{name}, {batch} x {length}", model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                yield f"{name}, {batch} x {length}", model, inputs, 5 if batch == 1 and not quick else 3
     for name, config in (
         ("ResNet-18", ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic")),
         ("ResNet-50", ResNetConfig()),
     ):
         model = ResNetForImageClassification(config).eval().to(memory_format=torch.channels_last)
         pixels = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-        yield f"{name}, 1 x 224²", model, {"pixel_values": pixels}
+        yield f"{name}, 1 x 224²", model, {"pixel_values": pixels}, 5
 
 
 def whole(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Variants:
-    packed = {name: packed_model(model, **config) for name, config in CONFIGS.items()}
-    free = packed_model(model)
-    for name, layer in packed_layers(free).items():
-        free.set_submodule(name, Nothing(layer))
-    half = copy.deepcopy(model).bfloat16()
-    half_inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
-    variants = {name: lambda one=one: one(**inputs) for name, one in packed.items()}
-    variants |= {"fp32": lambda: model(**inputs), "bf16": lambda: half(**half_inputs)}
-    if "input_ids" in inputs:
+    def halved(model: PreTrainedModel) -> Callable[[], Any]:
+        half = copy.deepcopy(model).bfloat16()
+        fuse(half)
+        half_inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+        return lambda: half(**half_inputs)
+
+    packed, weights = packed_model(model), packed_model(model, activations=False)
+    free = copy.deepcopy(packed)
+    for name, one in packed_layers(free).items():
+        free.set_submodule(name, Nothing(one))
+    variants = {
+        "W1A1": lambda: packed(**inputs),
+        "W1A1 bf16": halved(packed),
+        "W1A32": lambda: weights(**inputs),
+        "fp32": lambda: model(**inputs),
+        "bf16": halved(model),
+        "layers free": lambda: free(**inputs),
+    }
+    text = "input_ids" in inputs
+    if text:
         quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
         variants["int8"] = lambda: quantized(**inputs)
-    return variants | {"layers free": lambda: free(**inputs)}
+    return variants | onnx(Positional(model, list(inputs)), tuple(inputs.values()), quantize=text)
 
 
-CONFIGS: dict[str, dict[str, Any]] = {"packed": {}, "weights only": {"activations": False}}
+class Positional(nn.Module):
+    """The logits of a model that takes its inputs by position, as exporters do."""
+
+    def __init__(self, model: PreTrainedModel, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
 
 
 def packed_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
     latent = binarize(copy.deepcopy(model), BinarizationConfig(**config))
-    for layer in binary_layers(latent).values():
-        layer.set_frozen(1.0, step=0)
+    for one in binary_layers(latent).values():
+        one.set_frozen(1.0, step=0)
+        if one.activation_shift is not None:  # as after training: another one for each layer
+            one.activation_shift.copy_(torch.randn_like(one.activation_shift) / 10)
     packed = pack(latent)
     fuse(packed)
     return packed
@@ -326,12 +341,13 @@ def chart(rows: list[dict[str, Any]], path: Path) -> None:
     except ImportError:
         print("no chart: pip install matplotlib")
         return
-    names = ["bf16", "int8", "packed", "layers free"]
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.55 * len(rows)))
+    names = [name for name in ("bf16", "int8", "onnx int8", "W1A32", "W1A1") if any(name in row for row in rows)]
+    figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.55 * len(rows)))
+    height = 0.8 / len(names)
     for place, name in enumerate(names):
         values = [row["fp32"] / row[name] if name in row else 0 for row in rows]
-        axes.barh([i + 0.2 * place for i in range(len(rows))], values, height=0.2, label=name)
-    axes.set_yticks([i + 0.3 for i in range(len(rows))], [row["name"] for row in rows])
+        axes.barh([i + height * place for i in range(len(rows))], values, height=height, label=name)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(rows))], [row["name"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as torch in float32")
     axes.axvline(1, color="black", linewidth=0.5)

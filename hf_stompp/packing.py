@@ -7,7 +7,7 @@ is `numpy.packbits(w >= 0, axis=-1, bitorder="little")`.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def packed_length(length: int, bits: int = 1) -> int:
@@ -26,7 +26,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     if bits == 16:
         return torch.stack([codes & 255, codes >> 8], dim=-1).to(torch.uint8).flatten(-2)
     per_byte = 8 // bits
-    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte))
+    codes = nn.functional.pad(codes.to(torch.uint8), (0, -codes.shape[-1] % per_byte))
     places = torch.tensor([1 << bits * i for i in range(per_byte)], dtype=torch.uint8, device=codes.device)
     return (codes.unflatten(-1, (-1, per_byte)) * places).sum(dim=-1, dtype=torch.uint8)
 
@@ -66,7 +66,10 @@ def unpack_signs(packed: Tensor, length: int, dtype: torch.dtype = torch.float32
         >>> unpack_signs(torch.tensor([[5]], dtype=torch.uint8), 4)
         tensor([[ 1., -1.,  1., -1.]])
     """
-    return unpack_codes(packed, length, bits=1).to(dtype).mul_(2).sub_(1)
+    # A byte at a time: one look-up makes eight entries.
+    bytes_ = torch.arange(256, dtype=torch.uint8, device=packed.device).unsqueeze(1)
+    signs = unpack_codes(bytes_, 8, bits=1).to(dtype).mul_(2).sub_(1)
+    return nn.functional.embedding(packed.int(), signs).flatten(-2)[..., :length]
 
 
 def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:

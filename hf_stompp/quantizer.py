@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
 from hf_stompp.folding import FOLDED, remove
-from hf_stompp.fusion import PassesBits
+from hf_stompp.fusion import unfuse
 from hf_stompp.layers import BINARY_INPUT, PACKED, PackedEmbedding, PackedLayer
 from hf_stompp.patching import (
     binarize,
@@ -124,10 +124,8 @@ class StomppHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string once it has been saved
+        unfuse(model)
         layers = packed_layers(model)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PassesBits):
-                model.set_submodule(name, module.activation)
         for name, layer in layers.items():
             binary_input = layer.activation_threshold is not None
             floats = BINARY_INPUT[type(layer)].from_packed(layer) if binary_input else layer.to_float()

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, ResNetConfig, ResNetForImageClassification
 
-from hf_stompp import BinarizationConfig, binarize, calibrate, pack, summary, unpack
+from hf_stompp import BinarizationConfig, binarize, calibrate, kernels, pack, summary, unpack
+from hf_stompp.fusion import fuse
 from hf_stompp.layers import BinaryConv2d, BinaryInput, BinaryLayer, PackedConv2d
 from hf_stompp.patching import binary_layers, packed_layers
 from hf_stompp.selection import LayerPlan, select
@@ -485,6 +486,19 @@ def test_packed_it_gives_the_same_logits_bit_for_bit(trained: Trained) -> None:
     for packed in (trained.packed, trained.unfolded):
         assert packed_layers(packed).keys() == binary_layers(trained.latent).keys() and not binary_layers(packed)
         trained.assert_same(packed)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_with_kernels_it_gives_the_same_but_for_rounding(trained: Trained, fused: bool) -> None:
+    """Of all architectures: windows, borders, groups, bits between layers. An input that rounding carries over its
+    threshold would show as more, and there is none of that in these."""
+    pytest.importorskip("numba", reason="the extra `fast` is not installed: there are no kernels to test")
+    for packed in (copy.deepcopy(trained.packed), copy.deepcopy(trained.unfolded)):
+        if fused:
+            fuse(packed)
+        with kernels.use("cpu"), torch.no_grad():
+            for inputs, expected in zip(trained.inputs, trained.logits, strict=True):
+                assert torch.allclose(packed(**inputs).logits, expected, atol=1e-4), inputs["pixel_values"].shape
 
 
 def test_saved_and_loaded_it_gives_the_same_logits_bit_for_bit(trained: Trained, tmp_path: Path) -> None:

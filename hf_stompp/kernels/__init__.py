@@ -1,6 +1,7 @@
-"""Kernels in numba (extra `fast`), each of which does in one pass over memory what takes torch several.
+"""Kernels for CPUs in numba (extra `fast`), each of which does in one pass over memory what takes torch several; and
+one in Triton, for NVIDIA GPUs, where it is asked for.
 
-Without numba, on other devices and for whatever they do not cover, the same is computed by plain torch, the reference.
+Without them, on other devices and for whatever they do not cover, the same is computed by plain torch, the reference.
 `HF_STOMPP_KERNELS=reference` in the environment asks for that everywhere, [`use`] for a part of a program.
 """
 
@@ -18,7 +19,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
+"""What can be asked for; `"triton"` leaves CPUs as they are."""
 _used: list[str] = []
 """What [`use`] asks for, the innermost last."""
 
@@ -27,10 +29,24 @@ def backend() -> str:
     """The backend for tensors on a CPU: `"cpu"` (numba) or `"reference"` (torch).
 
     Raises:
-        ValueError: `HF_STOMPP_KERNELS` is none of them.
+        ValueError: `HF_STOMPP_KERNELS` is no backend.
         ImportError: It asks for `"cpu"`, and numba is not installed, or does not work.
     """
-    return _used[-1] if _used else _found()
+    return _used[-1] if _used and _used[-1] != "triton" else _found()
+
+
+def on_gpu(index: int) -> bool:
+    """Whether tensors on this GPU are for the kernel in Triton, which is asked for.
+
+    Raises:
+        ValueError: `HF_STOMPP_KERNELS` is no backend.
+        RuntimeError: It is asked for, and does not work on this GPU.
+    """
+    if (_used[-1] if _used else _asked()) != "triton":
+        return False
+    if lack := _lack_of_gpu(index):
+        raise RuntimeError(f'The backend "triton" cannot run on cuda:{index}: {lack}. Ask for "reference".')
+    return True
 
 
 @contextmanager
@@ -38,11 +54,12 @@ def use(name: str) -> Iterator[None]:
     """Within it, kernels are of this backend, in every thread.
 
     Args:
-        name (`str`): `"cpu"` or `"reference"`.
+        name (`str`): `"cpu"`, `"triton"` or `"reference"`.
 
     Raises:
-        ValueError: It is neither.
-        ImportError: It is `"cpu"`, and numba is not installed, or does not work.
+        ValueError: It is none of them.
+        ImportError: It is `"cpu"`, and numba is not installed, or does not work; or `"triton"`, and that is not
+            installed.
 
     Example:
 
@@ -54,6 +71,8 @@ def use(name: str) -> Iterator[None]:
     _check(name, "the backend")
     if name == "cpu":
         _load('kernels.use("cpu")')
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        raise ImportError('kernels.use("triton") needs triton, which comes with torch for CUDA: `pip install triton`.')
     _used.append(name)
     try:
         yield
@@ -79,9 +98,13 @@ def info() -> str:
         if backend() == "cpu":
             vectors = loaded("vectors")
             lines["1-bit weights and inputs"] = f"cpu, population count {vectors.popcount_of_processor()}"
-            lookup = "cpu" if vectors.has_lookup() else "reference: the processor has no AVX-512"
+            at_once = vectors.features_of_lookup()
+            lookup = f"cpu, {at_once} weights to a look-up" if at_once else "reference: the processor has no AVX2"
             lines["1-bit weights alone"] = lookup
             lines["compiled kernels in"] = numba.config.CACHE_DIR or "__pycache__ beside the package"
+    for index in range(torch.cuda.device_count()):
+        how = "triton" if on_gpu(index) else "reference; `HF_STOMPP_KERNELS=triton` asks for a kernel"
+        lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {how}"
     if "HF_STOMPP_KERNELS" in os.environ:
         lines["HF_STOMPP_KERNELS"] = os.environ["HF_STOMPP_KERNELS"]
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
@@ -110,14 +133,36 @@ def _check(name: str, field: str) -> None:
         raise ValueError(f"{field} is {name!r}; allowed: {', '.join(BACKENDS)}.")
 
 
-@functools.cache
-def _found() -> str:
+def _asked() -> str | None:
     asked = os.environ.get("HF_STOMPP_KERNELS")
     if asked is not None:
         _check(asked, "HF_STOMPP_KERNELS")
-    if asked == "reference" or (asked is None and importlib.util.find_spec("numba") is None):
+    return asked
+
+
+@functools.cache
+def _lack_of_gpu(index: int) -> str | None:
+    """What keeps the kernel in Triton from this GPU, if something does."""
+    if torch.version.cuda is None:
+        return "not an NVIDIA GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):  # Triton has no products of int8 for it
+        return f"its compute capability is {capability[0]}.{capability[1]}, below 8.0"
+    try:
+        loaded("gpu").try_out(torch.device("cuda", index))
+    except Exception as error:  # no compiler for what starts it, another driver, …
+        return f"triton is installed, but does not work ({error})"
+    return None
+
+
+@functools.cache
+def _found() -> str:
+    asked = _asked()
+    if asked == "reference" or (asked != "cpu" and importlib.util.find_spec("numba") is None):
         return "reference"
-    return "cpu" if _load("HF_STOMPP_KERNELS=cpu" if asked else None) else "reference"
+    return "cpu" if _load("HF_STOMPP_KERNELS=cpu" if asked == "cpu" else None) else "reference"
 
 
 @functools.cache
@@ -129,7 +174,8 @@ def _load(asked_by: str | None) -> bool:
     """
     try:
         with _announced():
-            for name in ("mixing", "binary", "convolution", "weights"):
+            lookup = ("weights",) if loaded("vectors").features_of_lookup() else ()
+            for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)
     except Exception as error:  # numba for another numpy, no folder for what it compiles, …
         advice = "`pip install hf_stompp[fast]`; NUMBA_CACHE_DIR names a folder that it may write to"

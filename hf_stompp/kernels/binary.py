@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.panels import Panels, panels
 from hf_stompp.kernels.threads import in_blocks
-from hf_stompp.kernels.vectors import WIDTH, one_bit, pointer, popcount_tile, sixteen_bits
+from hf_stompp.kernels.vectors import WIDTH, ladder, one_bit, pointer, popcount_tile, sixteen_bits
 
 ROWS = 48
 """Inputs that are packed at a time: their bits stay in the first cache while all weights pass."""
@@ -24,41 +25,43 @@ FLAGS: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
 """Inputs: floats, or bits."""
 
-_six, _four, _two, _one = (popcount_tile(rows, bits=False) for rows in (6, 4, 2, 1))
-_six_bits, _four_bits, _two_bits, _one_bits = (popcount_tile(rows, bits=True) for rows in (6, 4, 2, 1))
 
-
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    levels: Tensor,
-    next_threshold: Tensor | None = None,
-) -> Tensor:
-    """The outputs `[…, N]` of inputs `[…, K]`, float32, bfloat16 or bits; with `next_threshold`, `[N]`, bits."""
-    layer = panels(weight, 1, threshold.shape[0], weight_scale, bias, threshold, levels, next_threshold)
-    input = input.contiguous()
-    stride, rows = input.shape[-1], input.shape[:-1].numel()
-    out = result(input.shape[:-1], layer, next_threshold)
-    operands = (  # addresses: each array that numba is given takes a microsecond
-        *(input.data_ptr(), KINDS[input.dtype], rows, layer.features, stride, *layer.at, layer.signed),
-        *(out.data_ptr(), layer.outputs, out.shape[-1]),
+def linear(input: Tensor, operands: Operands) -> Tensor:
+    """The outputs `[…, N]` of inputs `[…, K]`, floats or bits; with `next_threshold`, bits."""
+    assert operands.threshold is not None
+    layer = panels(operands, 1, operands.threshold.shape[0])
+    x = readable(input).contiguous()
+    shape = x.shape[:-1]
+    rows, out = shape.numel(), result(shape, layer)
+    by_rows = rows >= ROWS
+    arguments = (  # addresses: each array that numba is given takes a microsecond
+        *(x.data_ptr(), KINDS[x.dtype], rows, layer.features, x.shape[-1], *layer.at, layer.signed),
+        *(out.data_ptr(), layer.outputs, out.shape[-1], by_rows),
     )
     most = rows * layer.features * layer.outputs // SERIAL
-    if rows >= ROWS:
-        in_blocks(lambda start, stop: _linear(*operands, start, stop, 0, layer.blocks), rows, most)
-    else:
-        in_blocks(lambda start, stop: _linear(*operands, 0, rows, start, stop), layer.blocks, most)
-    return out.to(input.dtype) if input.dtype == torch.bfloat16 and next_threshold is None else out
+    in_blocks(_linear, arguments, rows if by_rows else layer.blocks, most)
+    return as_expected(out, input, operands)
 
 
-def result(shape: tuple[int, ...], layer: Panels, next_threshold: Tensor | None) -> Tensor:
+def readable(input: Tensor) -> Tensor:
+    """The input in a dtype of [`KINDS`]; float16 becomes float32, in which it is compared anyway."""
+    return input.float() if input.dtype == torch.float16 else input
+
+
+def result(shape: tuple[int, ...], layer: Panels) -> Tensor:
     """Where the outputs go: floats, or bits, of which each panel makes two words."""
-    if next_threshold is None:
-        return torch.empty(*shape, layer.outputs, dtype=torch.float32)
-    return torch.empty(*shape, WIDTH // 32 * layer.blocks, dtype=torch.int32)
+    if layer.above:
+        return torch.empty(*shape, WIDTH // 32 * layer.blocks, dtype=torch.int32)
+    return torch.empty(*shape, layer.outputs, dtype=torch.float32)
+
+
+def as_expected(out: Tensor, input: Tensor, operands: Operands) -> Tensor:
+    """The outputs in the dtype of the input; of bits, in that of the bias, which is the model's."""
+    if out.dtype == torch.int32 or input.dtype == torch.float32:
+        return out
+    if input.dtype != torch.int32:
+        return out.to(input.dtype)
+    return out if operands.bias is None else out.to(operands.bias.dtype)
 
 
 @numba.njit(**FLAGS)
@@ -89,6 +92,9 @@ def pack_rows(x_at, kind, stride, threshold, start, stop, words):  # type: ignor
         pack(numba.carray(pointer(x_at), (stop, stride), np.float32)[start:], threshold, words)
 
 
+_floats, _bits = ladder(lambda rows: popcount_tile(rows, False), 6), ladder(lambda rows: popcount_tile(rows, True), 6)
+
+
 @numba.njit(**FLAGS)
 def multiply(words, rows, offsets, kinds, epilogue, factor, out_at, outputs, stride, first, last):  # type: ignore
     """`gain[n] · (offsets[kinds[m], n] - factor · popcount(words[m] ⊕ panel[n])) + bias[n]`, for `rows` inputs and the
@@ -111,35 +117,12 @@ def multiply(words, rows, offsets, kinds, epilogue, factor, out_at, outputs, str
             left, x, place = rows - m, words[m:].ctypes.data, places[m:].ctypes.data
             if above_at:
                 to = out_at + 4 * (m * stride + WIDTH // 32 * block)
-                if left >= 6:
-                    done = 6
-                    _six_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
-                elif left >= 4:
-                    done = 4
-                    _four_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
-                elif left >= 2:
-                    done = 2
-                    _two_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
-                else:
-                    done = 1
-                    _one_bits(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
-                m += done
+                m += _bits(left, x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
                 continue
             to, to_stride = out_at + 4 * (m * stride + column), stride
             if width < WIDTH:
                 to, to_stride = aside.ctypes.data, WIDTH
-            if left >= 6:
-                done = 6
-                _six(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
-            elif left >= 4:
-                done = 4
-                _four(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
-            elif left >= 2:
-                done = 2
-                _two(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
-            else:
-                done = 1
-                _one(x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
+            done = _floats(left, x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
             if width < WIDTH:
                 copy(aside, numba.carray(pointer(out_at), (rows, stride), np.float32)[m:], done, column, width)
             m += done
@@ -153,13 +136,15 @@ def copy(aside, out, rows, column, width):  # type: ignore[no-untyped-def]
             out[m, column + n] = aside[m, n]
 
 
-@numba.njit(f"void({', '.join(['intp'] * 19)})", **FLAGS)
+@numba.njit(f"void({', '.join(['intp'] * 18)})", **FLAGS)
 def _linear(  # type: ignore[no-untyped-def]
     x_at, kind, rows, features, x_stride, panels_at, offsets_at, gain_at, bias_at, above_at, threshold_at, signed,
-    out_at, outputs, stride, start, stop, first, last,
+    out_at, outputs, stride, by_rows, start, stop,
 ):  # fmt: skip
-    """Rows `start … stop` of the outputs of the panels `first … last`."""
+    """The outputs of the rows `start … stop`, or of all rows those of the panels `start … stop`."""
     blocks, length = (outputs + WIDTH - 1) // WIDTH, (features + 31) // 32
+    first, last = (0, blocks) if by_rows else (start, stop)
+    start, stop = (start, stop) if by_rows else (0, rows)
     threshold = numba.carray(pointer(threshold_at), features, np.float32)
     offsets = numba.carray(pointer(offsets_at), (1, blocks * WIDTH), np.int32)
     factor = np.int32(2) if signed else np.int32(1)
@@ -168,6 +153,5 @@ def _linear(  # type: ignore[no-untyped-def]
     for row in range(start, stop, ROWS):
         count = min(ROWS, stop - row)
         pack_rows(x_at, kind, x_stride, threshold, row, row + count, words)
-        multiply(
-            words, count, offsets, kinds, epilogue, factor, out_at + 4 * row * stride, outputs, stride, first, last
-        )
+        to = out_at + 4 * row * stride
+        multiply(words, count, offsets, kinds, epilogue, factor, to, outputs, stride, first, last)

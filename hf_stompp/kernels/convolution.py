@@ -5,14 +5,13 @@ With {-γ, γ} the places of a window that are outside count neither as features
 which differ from the zeros that are put there, are taken off again. So the integers are exact at borders too.
 """
 
-from collections.abc import Sequence
-
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_stompp.kernels.binary import FLAGS, KINDS, ROWS, SERIAL, multiply, pack_rows, result
+from hf_stompp.kernels.binary import FLAGS, KINDS, ROWS, SERIAL, as_expected, multiply, pack_rows, readable, result
+from hf_stompp.kernels.operands import Geometry, Operands
 from hf_stompp.kernels.panels import panels
 from hf_stompp.kernels.threads import in_blocks
 from hf_stompp.kernels.vectors import WIDTH, pointer
@@ -21,49 +20,37 @@ _PACKED_ALONE = 1 << 16
 """Floats whose packing a thread is worth."""
 
 
-def conv2d(
-    input: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    levels: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    next_threshold: Tensor | None = None,
-) -> Tensor:
-    """The outputs `[B, N, …, …]` of images `[B, C, H, W]`, float32, bfloat16 or bits; channels are last in memory.
+def conv2d(input: Tensor, operands: Operands, geometry: Geometry) -> Tensor:
+    """The outputs `[B, N, …, …]` of images `[B, C, H, W]`, floats or bits; channels are last in memory.
 
     Bits, as in [`~hf_stompp.kernels.binary.linear`], are `[B, words, H, W]`.
     """
     batch, _, *size = input.shape
-    sizes = zip(size, kernel, stride, padding, dilation, strict=True)
-    height, width = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes)
+    height, width = geometry.output_size(size)
     if min(height, width) < 1:
         raise RuntimeError(
-            f"A kernel of {tuple(kernel)} does not fit into images of {tuple(size)}, padded by {padding}."
+            f"A kernel of {tuple(geometry.kernel)} does not fit into images of {tuple(size)}, padded by "
+            f"{geometry.padding}."
         )
-    channels, places = len(threshold), kernel[0] * kernel[1]
-    layer = panels(weight, places, channels, weight_scale, bias, threshold, levels, next_threshold)
-    input = input.contiguous(memory_format=torch.channels_last)
-    bits, bits_stride = input, input.shape[1]
-    if input.dtype != torch.int32:
+    assert operands.threshold is not None
+    channels, places = len(operands.threshold), geometry.kernel[0] * geometry.kernel[1]
+    layer = panels(operands, places, channels)
+    bits = x = readable(input).contiguous(memory_format=torch.channels_last)
+    bits_stride = x.shape[1]
+    if x.dtype != torch.int32:
         bits_stride = (channels + 31) // 32
         bits = torch.empty(batch, *size, bits_stride, dtype=torch.int32)
-        source = input.data_ptr(), KINDS[input.dtype], channels, layer.at[-1], bits.data_ptr()
-        pixels = batch * size[0] * size[1]
-        in_blocks(lambda start, stop: _pack(*source, start, stop), pixels, input.numel() // _PACKED_ALONE)
-    out = result((batch, height, width), layer, next_threshold)
-    operands = (
-        *(bits.data_ptr(), bits_stride, batch, channels, *size, *kernel, *stride, *padding, *dilation, height, width),
+        source = x.data_ptr(), KINDS[x.dtype], channels, layer.at[-1], bits.data_ptr()
+        in_blocks(_pack, source, batch * size[0] * size[1], x.numel() // _PACKED_ALONE)
+    out = result((batch, height, width), layer)
+    flat = (number for pair in geometry for number in pair)
+    arguments = (
+        *(bits.data_ptr(), bits_stride, batch, channels, *size, *flat, height, width),
         *(*layer.at[:-1], layer.counts.data_ptr(), layer.signed, out.data_ptr(), layer.outputs, out.shape[-1]),
     )
-    work = batch * height * width * layer.outputs * places * channels // SERIAL
-    in_blocks(lambda start, stop: _multiply(*operands, start, stop), batch * height * width, work)
-    out = out.permute(0, 3, 1, 2)
-    return out.to(input.dtype) if input.dtype == torch.bfloat16 and next_threshold is None else out
+    pixels = batch * height * width
+    in_blocks(_multiply, arguments, pixels, pixels * layer.outputs * places * channels // SERIAL)
+    return as_expected(out.permute(0, 3, 1, 2), input, operands)
 
 
 @numba.njit("void(intp, intp, intp, intp, intp, intp, intp)", **FLAGS)

@@ -73,7 +73,7 @@ def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -
     def block(start: int, stop: int) -> None:
         kernel(*(array if len(array) == 1 else array[start:stop] for array in arrays), *options.values())
 
-    in_blocks(block, len(arrays[0]), most=arrays[0].size // _LARGE)
+    in_blocks(block, (), len(arrays[0]), most=arrays[0].size // _LARGE)
 
 
 def _channels_last(x: Tensor) -> bool:

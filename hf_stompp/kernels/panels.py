@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.vectors import WIDTH
 
 _ATTRIBUTE = "_hf_stompp_panels"
@@ -21,10 +22,11 @@ class Panels:
     """The panels of a weight, and what goes with each of their outputs.
 
     Attributes:
-        made_of (`list[int]`): Places and features, and addresses and versions of the tensors, which are kept alive, so
-            that no other one gets the address of one of them.
+        made_of (`list[int]`): Places, features and weights to a word, and addresses and versions of the tensors, which
+            are kept alive, so that no other one gets the address of one of them.
         blocks, outputs, features (`int`): How many panels there are; N; features of an input.
         signed (`bool`): Whether the levels of the inputs are (-γ, γ), not (0, γ).
+        above (`bool`): Whether there is a next threshold.
         counts (`Tensor`): int32 `[places, 64 · blocks]`: how many bits are set in each place of the kernel, of which a
             linear layer has one.
         at (`tuple[int, …]`): Addresses of the panels; of what population counts are taken off, int32 `[64 · blocks]`;
@@ -32,25 +34,15 @@ class Panels:
             thresholds of the inputs, 0 without.
     """
 
-    def __init__(
-        self,
-        made_of: list[int],
-        weight: Tensor,
-        places: int,
-        features: int,
-        weight_scale: Tensor,
-        bias: Tensor | None,
-        threshold: Tensor | None,
-        levels: Tensor | None,
-        next_threshold: Tensor | None,
-    ) -> None:
+    def __init__(self, made_of: list[int], operands: Operands, places: int, features: int, per_word: int) -> None:
+        weight, weight_scale, bias, threshold, levels, next_threshold = operands
         self.made_of, self.outputs, self.features = made_of, len(weight), features
-        words, self.blocks = (features + 31) // 32, (self.outputs + WIDTH - 1) // WIDTH
+        words, self.blocks = -(-features // per_word), (self.outputs + WIDTH - 1) // WIDTH
         # torch begins its tensors where a line of the cache begins.
         bits = torch.zeros(self.blocks, places * words, WIDTH, dtype=torch.int32)
         self.counts = torch.zeros(places, self.blocks * WIDTH, dtype=torch.int32)
         rows = weight.detach().contiguous().numpy()
-        _fill(rows, places, features, bits.numpy().view(np.uint32), self.counts.numpy())
+        _fill(rows, places, features, per_word, bits.numpy().view(np.uint32), self.counts.numpy())
         low, high = (0.0, 1.0) if levels is None else levels.tolist()
         self.signed = low != 0
         whole = torch.full((self.blocks * WIDTH,), places * features, dtype=torch.int32)
@@ -60,8 +52,9 @@ class Panels:
         # What is beyond the last output is below its threshold.
         above = None if next_threshold is None else self._padded(next_threshold.float(), torch.inf)
         own = None if threshold is None else threshold.float().contiguous().clone()
-        self._sources = [x.detach() for x in (weight_scale, bias, threshold, levels, next_threshold) if x is not None]
+        self._sources = [x.detach() for x in operands[1:] if x is not None]
         self._tensors = bits, offsets, gain, biases, above, own  # whose addresses are given out
+        self.above = above is not None
         self.at = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
 
     def __reduce__(self) -> Any:
@@ -73,39 +66,30 @@ class Panels:
         return out
 
 
-def panels(
-    weight: Tensor,
-    places: int,
-    features: int,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor | None,
-    levels: Tensor | None,
-    next_threshold: Tensor | None,
-) -> Panels:
-    """The [`Panels`] of a layer: made at the first call, and anew after a tensor of it was written to or moved. They
-    are kept on the weight, and go with it."""
-    tensors = weight, weight_scale, bias, threshold, levels, next_threshold
-    try:
-        made_of = [places, features]
-        made_of += [value for x in tensors if x is not None for value in (x.data_ptr(), x._version)]
-    except RuntimeError:  # made in inference mode, where no versions are kept
-        made_of = [places, features, *(x.data_ptr() for x in tensors if x is not None)]
-    kept: Panels | None = getattr(weight, _ATTRIBUTE, None)
+def panels(operands: Operands, places: int, features: int, per_word: int = 32) -> Panels:
+    """The [`Panels`] of a layer, with so many weights to a word: made at the first call, and anew after a tensor of it
+    was written to or moved. They are kept on the weight, and go with it."""
+    made_of = [places, features, per_word]
+    for tensor in operands:
+        if tensor is not None:
+            # What was made in inference mode has no versions.
+            made_of += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    kept: Panels | None = getattr(operands.weight, _ATTRIBUTE, None)
     if kept is None or kept.made_of != made_of:
         with torch.no_grad():
-            kept = Panels(made_of, weight, places, features, weight_scale, bias, threshold, levels, next_threshold)
-        setattr(weight, _ATTRIBUTE, kept)
+            kept = Panels(made_of, operands, places, features, per_word)
+        setattr(operands.weight, _ATTRIBUTE, kept)
     return kept
 
 
-@numba.njit("void(uint8[:, ::1], intp, intp, uint32[:, :, ::1], int32[:, ::1])", nogil=True, cache=True)
-def _fill(rows, places, features, bits, counts):  # type: ignore[no-untyped-def]
-    words = (features + 31) // 32
+@numba.njit("void(uint8[:, ::1], intp, intp, intp, uint32[:, :, ::1], int32[:, ::1])", nogil=True, cache=True)
+def _fill(rows, places, features, per_word, bits, counts):  # type: ignore[no-untyped-def]
+    words = (features + per_word - 1) // per_word
     for n in range(len(rows)):
         for place in range(places):
             for k in range(features):
                 at = place * features + k
                 if rows[n, at // 8] >> (at % 8) & 1:
-                    bits[n // WIDTH, place * words + k // 32, n % WIDTH] |= np.uint32(1) << np.uint32(k % 32)
+                    word = place * words + k // per_word
+                    bits[n // WIDTH, word, n % WIDTH] |= np.uint32(1) << np.uint32(k % per_word)
                     counts[place, n] += 1

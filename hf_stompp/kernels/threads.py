@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
 
 import torch
 
@@ -21,14 +22,14 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
 
 
-def in_blocks(work: Callable[[int, int], None], length: int, most: int) -> None:
-    """Calls `work(start, stop)` for blocks that make up `range(length)`, at most `most` of them, one a thread."""
-    blocks = max(1, min(torch.get_num_threads(), length, most))
-    if blocks == 1:
-        work(0, length)
+def in_blocks(work: Callable[..., Any], operands: tuple[Any, ...], length: int, most: int) -> None:
+    """Calls `work(*operands, start, stop)` for blocks of `range(length)`, at most `most` of them, one a thread."""
+    if most <= 1 or length <= 1 or (threads := torch.get_num_threads()) == 1:
+        work(*operands, 0, length)
         return
+    blocks = min(threads, length, most)
     ends = [length * i // blocks for i in range(blocks + 1)]
-    futures = [_pool().submit(work, start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+    futures = [_pool().submit(work, *operands, *ends[i : i + 2]) for i in range(blocks)]
     wait(futures)  # all of them, also if one fails: they work on memory of the caller's
     for future in futures:
         future.result()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -26,18 +27,26 @@ _VECTORS = WIDTH // LANES
 
 
 @functools.cache
-def has_lookup() -> bool:
-    """Whether the processor looks 16 floats up at once, which `lookup_tile` needs (AVX-512)."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return llvmlite.binding.get_default_triple().startswith("x86_64") and features.get("avx512f", False)
+def _features() -> frozenset[str]:
+    """What the processor that numba compiles for can do."""
+    asked: str | None = numba.config.CPU_FEATURES  # NUMBA_CPU_FEATURES
+    features = llvmlite.binding.get_host_cpu_features().flatten() if asked is None else asked
+    x86 = llvmlite.binding.get_default_triple().startswith("x86_64")
+    return frozenset(features.replace("+", "").split(",")) if x86 else frozenset()
+
+
+@functools.cache
+def features_of_lookup() -> int:
+    """How many features of an input one look-up does, of tables of the 2^n sums of n features, which a vector of the
+    processor holds: 4 (AVX-512) or 3 (AVX2); or 0, if it looks nothing up."""
+    return 4 if "avx512f" in _features() else 3 if "avx2" in _features() else 0
 
 
 def popcount_of_processor() -> str:
     """How the processor counts bits, for `kernels.info`."""
-    features = llvmlite.binding.get_host_cpu_features()
-    if features.get("avx512vpopcntdq", False):
+    if "avx512vpopcntdq" in _features():
         return "AVX-512 VPOPCNTDQ"
-    return "AVX2 or AVX-512 by tables" if features.get("avx2", False) else "what LLVM makes of it"
+    return "AVX2 or AVX-512 by tables" if "avx2" in _features() else "what LLVM makes of it"
 
 
 class _Block:
@@ -62,24 +71,24 @@ class _Block:
     def store(self, value: Any, address: Any, offset: Any) -> None:
         self.builder.store(value, self.pointer(address, value.type, offset)).align = 4
 
-    def splat(self, value: Any) -> Any:
-        """A vector of 16 times the value."""
-        undefined = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    def splat(self, value: Any, lanes: int = LANES) -> Any:
+        """A vector of so many times the value."""
+        undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
         first = self.builder.insert_element(undefined, value, ir.Constant(_INT, 0))
-        return self.builder.shuffle_vector(first, undefined, ir.Constant(_INTS, [0] * LANES))
+        return self.builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT, lanes), [0] * lanes))
 
     def call(self, name: str, result: Any, *args: Any) -> Any:
         kind = ir.FunctionType(result, [arg.type for arg in args])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), args)
 
     def sums(self, zero: Any, rows: int, words: Any, step: Callable[[Any, list[list[Any]]], list[list[Any]]]) -> Any:
-        """`rows` times 4 vectors, from `zero` through `step(k, sums)` for each `k < words`."""
+        """`rows` times 64 numbers in vectors, from `zero` through `step(k, sums)` for each `k < words`."""
         builder, before = self.builder, self.builder.block
         body, after = builder.append_basic_block("body"), builder.append_basic_block("after")
         builder.branch(body)
         builder.position_at_end(body)
         k = builder.phi(_LONG)
-        sums = [[builder.phi(zero.type) for _ in range(_VECTORS)] for _ in range(rows)]
+        sums = [[builder.phi(zero.type) for _ in range(WIDTH // zero.type.count)] for _ in range(rows)]
         new = step(k, sums)
         following = builder.add(k, self.long(1))
         k.add_incoming(self.long(0), before)
@@ -149,11 +158,21 @@ def popcount_tile(rows: int, bits: bool) -> Any:
 
 @functools.cache
 def lookup_tile(rows: int) -> Any:
-    """`rows` inputs by 64 outputs: y = gain · Σ ±x + bias, from tables of the 16 sums of each 4 features.
+    """`rows` inputs by 64 outputs: y = gain · Σ ±x + bias, from tables of the sums of each n features, of which
+    [`features_of_lookup`] tells; an entry of a panel has as many times n bits as it can hold.
 
-    Arguments: address of the tables, `[rows, 8 · words, 16]`, and floats from one input's to the next; the others as
-    in [`popcount_tile`].
+    Arguments: address of the tables, `[rows, 32 // n · words, 2^n]`, and floats from one input's to the next; the
+    others as in [`popcount_tile`].
     """
+    n = features_of_lookup()
+    lanes, groups = 1 << n, 32 // n
+    floats, ints = ir.VectorType(_FLOAT, lanes), ir.VectorType(_INT, lanes)
+
+    def look_up(block: _Block, table: Any, codes: Any) -> Any:
+        # A look-up reads the lowest n bits of its index, and leaves the others alone.
+        if n == 4:
+            return block.call("llvm.x86.avx512.permvar.sf.512", floats, table, codes)
+        return block.call("llvm.x86.avx2.permps", floats, table, codes)
 
     @intrinsic
     def tile(context, table, table_stride, panel, words, gain, bias, out, out_stride):  # type: ignore
@@ -163,28 +182,26 @@ def lookup_tile(rows: int) -> Any:
 
             def step(k: Any, sums: list[list[Any]]) -> list[list[Any]]:
                 at = builder.mul(k, block.long(WIDTH))
-                weights = [block.load(panel, _INTS, builder.add(at, block.long(LANES * j))) for j in range(_VECTORS)]
-                for nibble in range(8):
-                    # A look-up reads the lowest four bits of its index, and leaves the others alone.
-                    shift = ir.Constant(_INTS, [4 * nibble] * LANES)
-                    codes = [builder.lshr(w, shift) for w in weights]
-                    place = builder.add(builder.mul(k, block.long(8 * LANES)), block.long(LANES * nibble))
+                places = [builder.add(at, block.long(column)) for column in range(0, WIDTH, lanes)]
+                weights = [block.load(panel, ints, place) for place in places]
+                for group in range(groups):
+                    codes = [builder.lshr(w, ir.Constant(ints, [n * group] * lanes)) for w in weights]
+                    place = builder.add(builder.mul(k, block.long(groups * lanes)), block.long(lanes * group))
                     new = []
                     for row, totals in enumerate(sums):
                         start = builder.add(builder.mul(table_stride, block.long(row)), place)
-                        values = block.load(table, _FLOATS, start)
-                        name = "llvm.x86.avx512.permvar.sf.512"
-                        found = [block.call(name, _FLOATS, values, code) for code in codes]
+                        values = block.load(table, floats, start)
+                        found = [look_up(block, values, code) for code in codes]
                         new.append([builder.fadd(total, value) for total, value in zip(totals, found, strict=True)])
                     sums = new
                 return sums
 
-            sums = block.sums(ir.Constant(_FLOATS, [0.0] * LANES), rows, words, step)
+            sums = block.sums(ir.Constant(floats, [0.0] * lanes), rows, words, step)
             for row in range(rows):
-                for j in range(_VECTORS):
-                    at = block.long(LANES * j)
-                    y = builder.fmul(sums[row][j], block.load(gain, _FLOATS, at))
-                    y = builder.fadd(y, block.load(bias, _FLOATS, at))
+                for j, total in enumerate(sums[row]):
+                    at = block.long(lanes * j)
+                    y = builder.fmul(total, block.load(gain, floats, at))
+                    y = builder.fadd(y, block.load(bias, floats, at))
                     block.store(y, out, builder.add(builder.mul(out_stride, block.long(row)), at))
             return context.get_dummy_value()
 
@@ -193,17 +210,37 @@ def lookup_tile(rows: int) -> Any:
     return tile
 
 
+def ladder(tile: Callable[[int], Any], rows: int) -> Any:
+    """Of the tiles of `rows`, two and one rows, the highest that fits into how many are left; returns how many."""
+    highest, two, one = tile(rows), tile(2), tile(1)
+
+    @numba.njit(nogil=True)
+    def step(left, *args):  # type: ignore[no-untyped-def]
+        if left >= rows:
+            highest(*args)
+            return rows
+        if left >= 2:
+            two(*args)
+            return 2
+        one(*args)
+        return 1
+
+    return step
+
+
 @intrinsic
 def sums_of_signs(context, x, table):  # type: ignore
-    """Writes the 16 sums ±x₀ ±x₁ ±x₂ ±x₃ of the four floats at `x`: bit i of an index is the sign of xᵢ."""
+    """Writes the 2^n sums ±x₀ ±x₁ … of the n floats at `x`: bit i of an index is the sign of xᵢ."""
+    n = features_of_lookup()
 
     def generate(context, builder, signature, args):  # type: ignore
         x, table = args
         block = _Block(builder)
         total = None
-        for i in range(4):
-            signs = ir.Constant(_FLOATS, [1.0 if index >> i & 1 else -1.0 for index in range(LANES)])
-            term = builder.fmul(block.splat(block.load(x, _FLOAT, block.long(i))), signs)
+        for i in range(n):
+            signs = [1.0 if index >> i & 1 else -1.0 for index in range(1 << n)]
+            value = block.splat(block.load(x, _FLOAT, block.long(i)), 1 << n)
+            term = builder.fmul(value, ir.Constant(value.type, signs))
             total = term if total is None else builder.fadd(total, term)
         block.store(total, table, block.long(0))
         return context.get_dummy_value()

@@ -9,6 +9,7 @@ from typing_extensions import Self
 
 from hf_stompp.functional import activation_threshold, weight_scale
 from hf_stompp.kernels import operators
+from hf_stompp.kernels.operands import Geometry, Operands
 from hf_stompp.layers.binary import (
     CONV_ATTRIBUTES,
     LINEAR_ATTRIBUTES,
@@ -17,7 +18,8 @@ from hf_stompp.layers.binary import (
     BinaryLinear,
     shaped_as,
 )
-from hf_stompp.packing import pack_signs, packed_length, unpack_signs
+from hf_stompp.layers.fused import SharedInput
+from hf_stompp.packing import pack_signs, packed_length
 
 
 class ExactLayer(nn.Module):
@@ -124,10 +126,14 @@ class PackedLayer(ExactLayer):
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the bits and scales stand for, in the shape of the full-precision one, rounded to
         `dtype`."""
-        # In place and at once in `dtype`, which gives the same values: every forward makes this weight, and what the
-        # allocator keeps of its copies would be several times the packed model.
-        rows = unpack_signs(self.weight, self.row_length, dtype).mul_(self.weight_scale.to(dtype).unsqueeze(1))
-        return self._from_rows(rows)
+        return self._from_rows(operators.dense_rows(self.weight, self.weight_scale, self.row_length, dtype))
+
+    def operands(self) -> Operands:
+        """What the kernels take."""
+        own: Any = self._buffers  # as `self.weight_scale` is, in half the time: of a small layer that is much
+        next_threshold = None if self.training else own["next_threshold"]
+        scale, threshold, levels = own["weight_scale"], own["activation_threshold"], own["activation_levels"]
+        return Operands(self.weight, scale, self._parameters["bias"], threshold, levels, next_threshold)
 
     @property
     def outputs(self) -> int:
@@ -164,6 +170,9 @@ class PackedLinear(PackedLayer, nn.Linear):
     ATTRIBUTES: ClassVar = LINEAR_ATTRIBUTES
     FEATURE_AXIS: ClassVar = BinaryLinear.FEATURE_AXIS
 
+    shared: "tuple[SharedInput, int] | None" = None
+    """The layers that take the same bits, if [`~hf_stompp.fusion.fuse`] found some, and its place among them."""
+
     @property
     def outputs(self) -> int:
         return self.out_features
@@ -184,14 +193,13 @@ class PackedLinear(PackedLayer, nn.Linear):
         return rows
 
     def forward(self, input: Tensor) -> Tensor:
-        threshold = self._buffers["activation_threshold"]
-        if operators.cover(input, -1, self.in_features, threshold is not None):
-            # As `self.weight` is, in half the time: of a small layer this is a large part.
-            own, buffers = self._parameters, self._buffers
-            levels = buffers["activation_levels"]
-            next_threshold = None if self.training else buffers["next_threshold"]
-            scale: Any = buffers["weight_scale"]
-            return operators.linear(input, self.weight, scale, own["bias"], threshold, levels, next_threshold)
+        if operators.cover(input, -1, self.in_features, self._buffers["activation_threshold"] is not None):
+            operands = self.operands()
+            served = input.device.type == "cpu" and not operators.as_operator(input, operands)
+            if self.shared is not None and served:  # its tensors stay on the CPU
+                group, place = self.shared
+                return group(input, place)
+            return operators.linear(input, operands)
         return nn.functional.linear(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
 
 
@@ -227,10 +235,12 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         shape = (self.out_channels, *self.kernel_size, self.in_channels // self.groups)
         return rows.view(shape).permute(0, 3, 1, 2)
 
-    def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        # In the memory order of a latent weight: another one may sum in another order. `contiguous()` would leave a
-        # 1x1 kernel as it is, whose strides say "channels last".
-        return super().dequantized_weight(dtype).clone(memory_format=torch.contiguous_format)
+    def dequantized_weight(self, dtype: torch.dtype = torch.float32, as_packed: bool = False) -> Tensor:
+        """The float weight, in the memory order of a latent one, without which a convolution may sum in another order;
+        or, without a copy, `as_packed`, with its channels last."""
+        weight = super().dequantized_weight(dtype)
+        # `contiguous()` would leave a 1x1 kernel as it is, whose strides say "channels last".
+        return weight if as_packed else weight.clone(memory_format=torch.contiguous_format)
 
     @property
     def known_to_kernels(self) -> bool:
@@ -240,12 +250,11 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.known_to_kernels and operators.cover(input, self.FEATURE_AXIS, self.in_channels, True):
-            threshold: Any = self.activation_threshold
-            levels: Any = self.activation_levels
-            geometry: Any = (self.kernel_size, self.stride, self.padding, self.dilation)
-            operands = (input, self.weight, self.weight_scale, self.bias, threshold, levels, geometry)
-            return operators.conv2d(*operands, None if self.training else self.next_threshold)
-        return self._conv_forward(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
+            padding: Any = self.padding  # numbers: see `known_to_kernels`
+            geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation)
+            return operators.conv2d(input, self.operands(), geometry)
+        weight = self.dequantized_weight(input.dtype, as_packed=operators.cover_dense(self.weight, input.dtype))
+        return self._conv_forward(self.binary_input(input), weight, self.bias)
 
 
 class BinaryInput(ExactLayer):

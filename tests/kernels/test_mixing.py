@@ -221,7 +221,7 @@ def test_the_environment_chooses(value: str, result: str) -> None:
         [sys.executable, "-c", code], env=_environment(HF_STOMPP_KERNELS=value), capture_output=True, text=True
     )
     assert result in (done.stdout if done.returncode == 0 else done.stderr.splitlines()[-1])
-    assert "HF_STOMPP_KERNELS is 'gpu'; allowed: cpu, reference" in done.stderr or value != "gpu"
+    assert "HF_STOMPP_KERNELS is 'gpu'; allowed: cpu, triton, reference" in done.stderr or value != "gpu"
 
 
 def test_without_numba_torch_does_it() -> None:

@@ -1,6 +1,10 @@
 """The kernels of packed layers against float64, sampled over shapes and on values at the edges."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -294,7 +298,7 @@ def test_the_backend_can_be_chosen_for_a_while() -> None:
         with kernels.use("cpu"):
             pass
         assert kernels.backend() == "reference"
-    with pytest.raises(ValueError, match="the backend is 'gpu'; allowed: cpu, reference"), kernels.use("gpu"):
+    with pytest.raises(ValueError, match="the backend is 'gpu'; allowed: cpu, triton, reference"), kernels.use("gpu"):
         pass
 
 
@@ -325,3 +329,37 @@ def test_a_kernel_that_does_not_fit_is_refused() -> None:
     packed = fill(layer, layer.weight, LEVELS["signed"])
     with kernels.use("cpu"), pytest.raises(RuntimeError, match=r"A kernel of \(5, 5\) does not fit"):
         packed(torch.randn(1, 3, 4, 4))
+
+
+OTHER_PROCESSOR = """
+import numpy as np, torch
+from torch import nn
+from hf_stompp import kernels
+from hf_stompp.layers import PackedLinear
+from hf_stompp.packing import pack_signs
+
+assert "3 weights to a look-up" in kernels.info() and "by tables" in kernels.info(), kernels.info()
+for rows, features, outputs in ((1, 1, 1), (7, 29, 70), (33, 200, 65), (18, 64, 130)):
+    x, weight = torch.randn(rows, features), torch.randn(outputs, features)
+    for binary in (True, False):
+        layer = PackedLinear.empty(nn.Linear(features, outputs), binary)
+        layer.weight.copy_(pack_signs(weight))
+        signs = [np.where(values.numpy() >= 0, 1.0, -1.0) for values in (x, weight)]
+        if binary:
+            layer.activation_levels.copy_(torch.tensor([-1.0, 1.0]))
+        inputs = signs[0] if binary else x.double().numpy()
+        with torch.no_grad():
+            error = np.abs(layer(x).numpy() - (inputs @ signs[1].T + layer.bias.numpy()))
+        assert error.max() < 1e-4, (rows, features, outputs, binary, error.max())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tells numba of an x86 processor")
+def test_a_processor_with_shorter_vectors() -> None:
+    features = "sse,sse2,sse3,ssse3,sse4.1,sse4.2,avx,avx2,fma,bmi,bmi2,popcnt,lzcnt,f16c,movbe".split(",")
+    environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in features)}
+    environment["HF_STOMPP_KERNELS"] = "cpu"
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESSOR], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
