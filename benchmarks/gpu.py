@@ -75,10 +75,9 @@ def variants(rows: int, features: int, outputs: int) -> dict[str, Callable[[], T
     packed.activation_threshold.normal_(std=0.3)
     packed.activation_levels.copy_(torch.tensor([-0.7, 0.7]))
     x = torch.randn(rows, features, device="cuda")
-    levels = packed.activation_threshold, packed.activation_levels
 
     def layer(x: Tensor) -> Tensor:
-        return gpu.linear(x, packed.weight, packed.weight_scale, packed.bias, *levels)
+        return gpu.linear(x, packed.operands())
 
     in_float64 = packed.binary_input(x).double() @ packed.dequantized_weight().double().T + packed.bias.double()
     torch.testing.assert_close(layer(x).double(), in_float64, rtol=1e-5, atol=1e-5)

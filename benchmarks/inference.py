@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY})
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
+    getLogger().setLevel(ERROR)  # onnxruntime gives advice
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
@@ -323,6 +325,7 @@ class Positional(nn.Module):
         return logits
 
 
+@torch.no_grad()
 def packed_model(model: PreTrainedModel, **config: Any) -> PreTrainedModel:
     latent = binarize(copy.deepcopy(model), BinarizationConfig(**config))
     for one in binary_layers(latent).values():

@@ -23,6 +23,8 @@ BACKENDS = ("cpu", "triton", "reference")
 """What can be asked for; `"triton"` leaves CPUs as they are."""
 _used: list[str] = []
 """What [`use`] asks for, the innermost last."""
+_loading = threading.Lock()
+"""One thread compiles, and the others wait for it."""
 
 
 def backend() -> str:
@@ -173,7 +175,7 @@ def _load(asked_by: str | None) -> bool:
         ImportError: They do not, and were asked for.
     """
     try:
-        with _announced():
+        with _loading, _announced():
             lookup = ("weights",) if loaded("vectors").features_of_lookup() else ()
             for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)

@@ -12,33 +12,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_stompp.kernels.operands import Operands
+
 # Rows and columns of the outputs that a program makes, how many features it multiplies at a time, and its warps.
 _TILES = (128, 128, 64, 8), (64, 64, 128, 4), (16, 32, 256, 4)
 _PROGRAMS = 128
 """Programs that keep a large GPU busy, which has about as many multiprocessors."""
 
 
-def linear(
-    input: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    threshold: Tensor,
-    levels: Tensor,
-) -> Tensor:
+def linear(input: Tensor, operands: Operands) -> Tensor:
     """The outputs `[…, N]` of inputs `[…, K]`, float32, bfloat16 or float16, in their dtype. Nothing of it waits for
     the GPU."""
+    weight, threshold, levels = operands.weight, operands.threshold, operands.levels
+    assert threshold is not None and levels is not None
     x, shape = input.contiguous(), (*input.shape[:-1], len(weight))
     rows, features, outputs = x.shape[:-1].numel(), x.shape[-1], len(weight)
     out = x.new_empty(shape)
     if out.numel() == 0:
         return out
-    operands = (None if tensor is None else tensor.contiguous() for tensor in (weight, weight_scale, bias))
+    read = (None if x is None else x.contiguous() for x in (weight, operands.weight_scale, operands.bias))
     height, width, depth, warps = _tile(rows, outputs)
     across = triton.cdiv(outputs, width)
     with torch.cuda.device_of(x):  # the current GPU may be another
         _linear[(triton.cdiv(rows, height) * across,)](
-            *(x, *operands, threshold.contiguous(), levels.contiguous(), out),
+            *(x, *read, threshold.contiguous(), levels.contiguous(), out),
             *(rows, features, outputs, weight.shape[1], across, height, width, depth),
             num_warps=warps,
         )
@@ -48,7 +45,7 @@ def linear(
 def try_out(device: torch.device) -> None:
     """Raises whatever keeps the kernel from this GPU, such as a missing C compiler, which Triton needs to start it."""
     one = torch.ones(1, 1, device=device)
-    linear(one, one.to(torch.uint8), one[0], None, one[0], one[0].expand(2))
+    linear(one, Operands(one.to(torch.uint8), one[0], None, one[0], one[0].expand(2)))
 
 
 def _tile(rows: int, outputs: int) -> tuple[int, int, int, int]:

@@ -34,6 +34,14 @@ def cover(input: Tensor, axis: int, features: int, binary_input: bool) -> bool:
     return _available(binary_input) if device.type == "cpu" else _available_on_gpu(device.index)
 
 
+def backend(device: torch.device, axis: int, binary_input: bool) -> str:
+    """What computes a layer that [`cover`] asks of, on this device: `"cpu"`, `"triton"` or `"reference"`."""
+    if device.type == "cpu" and _available(binary_input):
+        return "cpu"
+    on_gpu = device.type == "cuda" and axis == -1 and binary_input and _available_on_gpu(device.index)
+    return "triton" if on_gpu else "reference"
+
+
 @torch.compiler.assume_constant_result
 def _available(binary_input: bool) -> bool:
     return kernels.backend() == "cpu" and (binary_input or kernels.loaded("vectors").features_of_lookup() > 0)
@@ -50,7 +58,7 @@ def linear(input: Tensor, operands: Operands) -> Tensor:
     if as_operator(input, operands):
         return _cast(packed_linear(input, *operands[:5]))
     if input.device.type == "cuda":
-        return _cast(kernels.loaded("gpu").linear(input, *operands[:5]))
+        return _cast(kernels.loaded("gpu").linear(input, operands))
     return _cast(_linear(input, _handing_on(operands)))
 
 
@@ -154,7 +162,7 @@ def _(input, weight, weight_scale, bias, threshold, levels):  # type: ignore[no-
     if threshold is None:
         dense = dense_rows(weight, weight_scale, input.shape[-1], input.dtype)
         return torch.nn.functional.linear(input, dense, bias)
-    return kernels.loaded("gpu").linear(input, *operands[:5])
+    return kernels.loaded("gpu").linear(input, operands)
 
 
 @packed_linear.register_fake

@@ -5,6 +5,7 @@ A weight of bits, uint8 `[N, ceil(K / 8)]`, becomes panels of 64 outputs, uint32
 What is beyond K and N is 0.
 """
 
+import threading
 from typing import Any
 
 import numba
@@ -16,6 +17,8 @@ from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.vectors import WIDTH
 
 _ATTRIBUTE = "_hf_stompp_panels"
+_making = threading.Lock()
+"""The first requests to a server come at the same time, and one of them is to do it."""
 
 
 class Panels:
@@ -76,9 +79,11 @@ def panels(operands: Operands, places: int, features: int, per_word: int = 32) -
             made_of += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
     kept: Panels | None = getattr(operands.weight, _ATTRIBUTE, None)
     if kept is None or kept.made_of != made_of:
-        with torch.no_grad():
-            kept = Panels(made_of, operands, places, features, per_word)
-        setattr(operands.weight, _ATTRIBUTE, kept)
+        with _making, torch.no_grad():
+            kept = getattr(operands.weight, _ATTRIBUTE, None)
+            if kept is None or kept.made_of != made_of:
+                kept = Panels(made_of, operands, places, features, per_word)
+                setattr(operands.weight, _ATTRIBUTE, kept)
     return kept
 
 

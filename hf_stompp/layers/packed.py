@@ -136,6 +136,11 @@ class PackedLayer(ExactLayer):
         return Operands(self.weight, scale, self._parameters["bias"], threshold, levels, next_threshold)
 
     @property
+    def known_to_kernels(self) -> bool:
+        """Whether the kernels know layers of this kind."""
+        return True
+
+    @property
     def outputs(self) -> int:
         """How many outputs the layer has, each with its row of bits."""
         raise NotImplementedError
@@ -160,7 +165,11 @@ class PackedLayer(ExactLayer):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, weight_bits=1, input_bits={32 if self.activation_threshold is None else 1}"
+        binary = self.activation_threshold is not None
+        backend = "reference"
+        if self.known_to_kernels:
+            backend = operators.backend(self.weight.device, self.FEATURE_AXIS, binary)
+        return f"{super().extra_repr()}, weight_bits=1, input_bits={1 if binary else 32}, backend={backend}"
 
 
 class PackedLinear(PackedLayer, nn.Linear):
@@ -244,7 +253,6 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
 
     @property
     def known_to_kernels(self) -> bool:
-        """Whether the kernels know convolutions of this kind."""
         plain = self.groups == 1 and self.padding_mode == "zeros" and not isinstance(self.padding, str)
         return plain and self.activation_threshold is not None
 

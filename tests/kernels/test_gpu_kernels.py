@@ -54,8 +54,7 @@ def layer(features: int, outputs: int, kind: str, bias: bool = True) -> PackedLi
 
 
 def by(gpu: Any, packed: PackedLinear, x: Tensor) -> Tensor:
-    operands = packed.weight, packed.weight_scale, packed.bias, packed.activation_threshold, packed.activation_levels
-    return gpu.linear(x, *operands)
+    return gpu.linear(x, packed.operands())
 
 
 def check(y: Tensor, packed: PackedLinear, x: Tensor) -> None:

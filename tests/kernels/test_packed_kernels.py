@@ -302,6 +302,16 @@ def test_the_backend_can_be_chosen_for_a_while() -> None:
         pass
 
 
+def test_a_layer_says_what_computes_it() -> None:
+    grouped = nn.Conv2d(4, 4, 3, groups=2)
+    for backend in ("cpu", "reference"):
+        with kernels.use(backend):
+            assert f"input_bits=1, backend={backend}" in repr(linear(40, 70, "signed")[0])
+            assert f"input_bits=32, backend={backend}" in repr(linear(40, 70, "weights only")[0])
+            assert "backend=reference" in repr(linear(40, 70, "signed")[0].to("meta"))
+            assert "backend=reference" in repr(fill(grouped, grouped.weight, LEVELS["signed"]))
+
+
 @torch.no_grad()
 def test_one_weight_may_be_read_in_several_ways() -> None:
     """Rows of 10 and of 12 bits take as many bytes; what was laid out for the one is nothing for the other."""
