@@ -10,11 +10,12 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.panels import Panels, panels
-from hf_stompp.kernels.threads import in_blocks
+from hf_stompp.kernels.threads import KERNEL, in_blocks
 from hf_stompp.kernels.vectors import WIDTH, ladder, one_bit, pointer, popcount_tile, sixteen_bits
 
 ROWS = 48
@@ -34,7 +35,7 @@ def linear(input: Tensor, operands: Operands) -> Tensor:
     shape = x.shape[:-1]
     rows, out = shape.numel(), result(shape, layer)
     by_rows = rows >= ROWS
-    arguments = (  # addresses: each array that numba is given takes a microsecond
+    arguments = (
         *(x.data_ptr(), KINDS[x.dtype], rows, layer.features, x.shape[-1], *layer.at, layer.signed),
         *(out.data_ptr(), layer.outputs, out.shape[-1], by_rows),
     )
@@ -136,12 +137,13 @@ def copy(aside, out, rows, column, width):  # type: ignore[no-untyped-def]
             out[m, column + n] = aside[m, n]
 
 
-@numba.njit(f"void({', '.join(['intp'] * 18)})", **FLAGS)
-def _linear(  # type: ignore[no-untyped-def]
-    x_at, kind, rows, features, x_stride, panels_at, offsets_at, gain_at, bias_at, above_at, threshold_at, signed,
-    out_at, outputs, stride, by_rows, start, stop,
-):  # fmt: skip
+@numba.cfunc(KERNEL, **FLAGS)
+def _linear(at, start, stop):  # type: ignore[no-untyped-def]
     """The outputs of the rows `start … stop`, or of all rows those of the panels `start … stop`."""
+    (
+        x_at, kind, rows, features, x_stride, panels_at, offsets_at, gain_at, bias_at, above_at, threshold_at, signed,
+        out_at, outputs, stride, by_rows,
+    ) = to_fixed_tuple(numba.carray(pointer(at), 16, np.int64), 16)  # fmt: skip
     blocks, length = (outputs + WIDTH - 1) // WIDTH, (features + 31) // 32
     first, last = (0, blocks) if by_rows else (start, stop)
     start, stop = (start, stop) if by_rows else (0, rows)

@@ -8,12 +8,13 @@ which differ from the zeros that are put there, are taken off again. So the inte
 import numba
 import numpy as np
 import torch
+from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from hf_stompp.kernels.binary import FLAGS, KINDS, ROWS, SERIAL, as_expected, multiply, pack_rows, readable, result
 from hf_stompp.kernels.operands import Geometry, Operands
 from hf_stompp.kernels.panels import panels
-from hf_stompp.kernels.threads import in_blocks
+from hf_stompp.kernels.threads import KERNEL, in_blocks
 from hf_stompp.kernels.vectors import WIDTH, pointer
 
 _PACKED_ALONE = 1 << 16
@@ -53,9 +54,10 @@ def conv2d(input: Tensor, operands: Operands, geometry: Geometry) -> Tensor:
     return as_expected(out.permute(0, 3, 1, 2), input, operands)
 
 
-@numba.njit("void(intp, intp, intp, intp, intp, intp, intp)", **FLAGS)
-def _pack(x_at, kind, channels, threshold_at, bits_at, start, stop):  # type: ignore[no-untyped-def]
+@numba.cfunc(KERNEL, **FLAGS)
+def _pack(at, start, stop):  # type: ignore[no-untyped-def]
     """The bits of the pixels `start … stop`."""
+    x_at, kind, channels, threshold_at, bits_at = to_fixed_tuple(numba.carray(pointer(at), 5, np.int64), 5)
     threshold = numba.carray(pointer(threshold_at), channels, np.float32)
     bits = numba.carray(pointer(bits_at), (stop, (channels + 31) // 32), np.uint32)[start:]
     pack_rows(x_at, kind, channels, threshold, start, stop, bits)
@@ -93,13 +95,14 @@ def _offsets(counts, rows, columns, channels):  # type: ignore[no-untyped-def]
     return offsets
 
 
-@numba.njit(f"void({', '.join(['intp'] * 28)})", **FLAGS)
-def _multiply(  # type: ignore[no-untyped-def]
-    bits_at, bits_stride, batch, channels, in_height, in_width, kernel_height, kernel_width, stride_y, stride_x,
-    padding_y, padding_x, dilation_y, dilation_x, height, width, panels_at, offsets_at, gain_at, bias_at, above_at,
-    counts_at, signed, out_at, outputs, stride, start, stop,
-):  # fmt: skip
+@numba.cfunc(KERNEL, **FLAGS)
+def _multiply(at, start, stop):  # type: ignore[no-untyped-def]
     """The pixels `start … stop` of the output."""
+    (
+        bits_at, bits_stride, batch, channels, in_height, in_width, kernel_height, kernel_width, stride_y, stride_x,
+        padding_y, padding_x, dilation_y, dilation_x, height, width, panels_at, offsets_at, gain_at, bias_at, above_at,
+        counts_at, signed, out_at, outputs, stride,
+    ) = to_fixed_tuple(numba.carray(pointer(at), 26, np.int64), 26)  # fmt: skip
     words, places, blocks = (channels + 31) // 32, kernel_height * kernel_width, (outputs + WIDTH - 1) // WIDTH
     bits = numba.carray(pointer(bits_at), (batch, in_height, in_width, bits_stride), np.uint32)
     offsets, factor = numba.carray(pointer(offsets_at), (1, blocks * WIDTH), np.int32), np.int32(1)

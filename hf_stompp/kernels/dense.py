@@ -3,10 +3,11 @@
 import numba
 import numpy as np
 import torch
+from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from hf_stompp.kernels.binary import FLAGS
-from hf_stompp.kernels.threads import in_blocks
+from hf_stompp.kernels.threads import KERNEL, in_blocks
 from hf_stompp.kernels.vectors import pointer
 
 _ALONE = 1 << 18
@@ -22,9 +23,10 @@ def dense(weight: Tensor, scale: Tensor, length: int) -> Tensor:
     return out
 
 
-@numba.njit(f"void({', '.join(['intp'] * 6)})", **FLAGS)
-def _dense(bits_at, scale_at, out_at, length, start, stop):  # type: ignore[no-untyped-def]
+@numba.cfunc(KERNEL, **FLAGS)
+def _dense(at, start, stop):  # type: ignore[no-untyped-def]
     """The rows `start … stop`."""
+    bits_at, scale_at, out_at, length = to_fixed_tuple(numba.carray(pointer(at), 4, np.int64), 4)
     bits = numba.carray(pointer(bits_at), (stop, (length + 7) // 8), np.uint8)
     scale = numba.carray(pointer(scale_at), stop, np.float32)
     out = numba.carray(pointer(out_at), (stop, length), np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_stompp.kernels.threads import in_blocks
+from hf_stompp.kernels.threads import in_threads
 
 _SOFT, _HARD, _MIXED = 0, 1, 2
 _LARGE = 1 << 14
@@ -73,7 +73,7 @@ def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -
     def block(start: int, stop: int) -> None:
         kernel(*(array if len(array) == 1 else array[start:stop] for array in arrays), *options.values())
 
-    in_blocks(block, (), len(arrays[0]), most=arrays[0].size // _LARGE)
+    in_threads(block, len(arrays[0]), most=arrays[0].size // _LARGE)
 
 
 def _channels_last(x: Tensor) -> bool:

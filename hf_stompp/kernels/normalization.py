@@ -1,12 +1,15 @@
 """A sum and the layer norm of it in one pass: a row is read, added to, and normed while it is in the first cache."""
 
+import ctypes
+
 import numba
 import numpy as np
 import torch
+from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from hf_stompp.kernels.binary import FLAGS
-from hf_stompp.kernels.threads import in_blocks
+from hf_stompp.kernels.threads import KERNEL, in_blocks
 from hf_stompp.kernels.vectors import pointer
 
 _ALONE = 1 << 16
@@ -19,7 +22,9 @@ def add_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps:
     r"""\\(\operatorname{LayerNorm}(x + r)\\) over the last axis; float32, both `[…, N]`."""
     x, r = input.contiguous(), residual.contiguous()
     out = torch.empty_like(x)
-    operands = x.data_ptr(), r.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, out.data_ptr(), x.shape[-1]
+    small = ctypes.c_double(eps)
+    addresses = (tensor.data_ptr() for tensor in (x, r, weight, bias, out))
+    operands = *addresses, ctypes.addressof(small), x.shape[-1]
     in_blocks(_add_norm, operands, x.shape[:-1].numel(), x.numel() // _ALONE)
     return out
 
@@ -40,9 +45,12 @@ def _variance(values, mean):  # type: ignore[no-untyped-def]
     return total / np.float32(len(values))
 
 
-@numba.njit("void(intp, intp, intp, intp, float64, intp, intp, intp, intp)", **FLAGS)
-def _add_norm(x_at, residual_at, weight_at, bias_at, eps, out_at, features, start, stop):  # type: ignore
+@numba.cfunc(KERNEL, **FLAGS)
+def _add_norm(at, start, stop):  # type: ignore[no-untyped-def]
     """The rows `start … stop`."""
+    arguments = to_fixed_tuple(numba.carray(pointer(at), 7, np.int64), 7)
+    x_at, residual_at, weight_at, bias_at, out_at, eps_at, features = arguments
+    eps = numba.carray(pointer(eps_at), 1, np.float64)[0]
     x = numba.carray(pointer(x_at), (stop, features), np.float32)
     residual = numba.carray(pointer(residual_at), (stop, features), np.float32)
     out = numba.carray(pointer(out_at), (stop, features), np.float32)

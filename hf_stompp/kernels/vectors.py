@@ -258,6 +258,29 @@ def pointer(context, address):  # type: ignore
     return types.voidptr(types.intp), generate
 
 
+@intrinsic
+def increased(context, address):  # type: ignore
+    """The int64 at the address, which is one more afterwards; of several threads each gets another one."""
+
+    def generate(context, builder, signature, args):  # type: ignore
+        one = ir.Constant(_LONG, 1)
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], _LONG.as_pointer()), one, "monotonic")
+
+    return types.intp(types.intp), generate
+
+
+@intrinsic
+def called(context, function, operands, start, stop):  # type: ignore
+    """Calls the function at an address, `void(intp, intp, intp)`."""
+
+    def generate(context, builder, signature, args):  # type: ignore
+        kind = ir.FunctionType(ir.VoidType(), [_LONG] * 3)
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 4), generate
+
+
 def _comparison(lanes: int) -> Any:
     """Bit i of the result: whether `x[at + i]` is at or above `threshold[at + i]`, for `lanes` of them; NaN is not.
 

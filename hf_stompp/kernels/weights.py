@@ -7,12 +7,13 @@ vectors of AVX2. Sums are made in float32.
 
 import numba
 import numpy as np
+from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from hf_stompp.kernels.binary import FLAGS, SERIAL, copy, result
 from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.panels import panels
-from hf_stompp.kernels.threads import in_blocks
+from hf_stompp.kernels.threads import KERNEL, in_blocks
 from hf_stompp.kernels.vectors import WIDTH, features_of_lookup, ladder, lookup_tile, pointer, sums_of_signs
 
 _AT_ONCE = features_of_lookup()
@@ -39,9 +40,11 @@ def linear(input: Tensor, operands: Operands) -> Tensor:
     return out.to(input.dtype)
 
 
-@numba.njit(f"void({', '.join(['intp'] * 11)})", **FLAGS)
-def _linear(x_at, rows, features, panels_at, gain_at, bias_at, out_at, outputs, by_rows, start, stop):  # type: ignore
+@numba.cfunc(KERNEL, **FLAGS)
+def _linear(at, start, stop):  # type: ignore[no-untyped-def]
     """The outputs of the rows `start … stop`, or of all rows those of the panels `start … stop`."""
+    arguments = to_fixed_tuple(numba.carray(pointer(at), 9, np.int64), 9)
+    x_at, rows, features, panels_at, gain_at, bias_at, out_at, outputs, by_rows = arguments
     blocks, length = (outputs + WIDTH - 1) // WIDTH, (features + _GROUPS * _AT_ONCE - 1) // (_GROUPS * _AT_ONCE)
     first, last = (0, blocks) if by_rows else (start, stop)
     start, stop = (start, stop) if by_rows else (0, rows)
