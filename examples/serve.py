@@ -40,6 +40,10 @@ def create_app(checkpoint: str | None = None) -> FastAPI:
     classify = pipeline(
         "text-classification", model=checkpoint or os.environ["CHECKPOINT"], device="cpu", truncation=True
     )
+    longest = classify.model.config.max_position_embeddings
+    classify.tokenizer.model_max_length = min(
+        classify.tokenizer.model_max_length, longest
+    )  # some tokenizers have none
     fuse(classify.model)  # which works under no_grad alone: a pipeline sees to that
     classify("The first call compiles the kernels and lays the weights out for them.")
     # As many texts at a time as there are cores, each on one thread: several threads on a text of a sentence or two

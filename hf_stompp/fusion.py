@@ -46,12 +46,17 @@ def fuse(model: PreTrainedModel) -> Fused:
     does not know of; [`unfuse`] takes it back.
 
     Args:
-        model (`PreTrainedModel`): A packed model in evaluation mode.
+        model (`PreTrainedModel`): A packed model in evaluation mode. Modules with hooks are left as they are.
+
+    Raises:
+        ValueError: The model is in training mode.
 
     Example:
 
         >>> fuse(AutoModelForSequenceClassification.from_pretrained("bert-sst2-1bit"))  # doctest: +SKIP
     """
+    if model.training:
+        raise ValueError("fuse is for models that are served, and this one is in training mode: call model.eval().")
     unfuse(model)
     found = trace(model)
     return Fused(_hand_bits_on(model, found), _share_inputs(model, found), _norm_sums(model))
@@ -88,6 +93,7 @@ def _hand_bits_on(model: PreTrainedModel, found: Trace) -> list[tuple[str, str]]
 def _chains(model: PreTrainedModel, found: Trace) -> list[tuple[str, str, str]]:
     """Layer, activation module or nothing, and the one layer of the same kind that takes what comes out of it."""
     calls = Counter(call.name for call in found.layers + found.activations)
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     made = {id(call.output): call for call in found.layers + found.activations}
     chains = []
     for call in found.layers:
@@ -96,7 +102,9 @@ def _chains(model: PreTrainedModel, found: Trace) -> list[tuple[str, str, str]]:
             continue
         before, activation = made.get(id(call.input)), ""
         if before and _rises(model.get_submodule(before.name)):
-            if calls[before.name] != 1 or found.readers[id(call.input)] != 1:
+            function = model.get_submodule(before.name)
+            alone = calls[before.name] == 1 and places[function] == 1 and not _hooked(function)
+            if not alone or found.readers[id(call.input)] != 1:
                 continue
             activation, taken = before.name, before.input
             before = made.get(id(taken))
@@ -115,11 +123,18 @@ def _fit(first: PackedLayer, second: PackedLayer, dtype: torch.dtype) -> bool:
     in which dtype to go on."""
     if first.activation_threshold is None or (dtype != torch.float32 and second.bias is None):
         return False
+    if _hooked(first) or _hooked(second):
+        return False
     if isinstance(first, PackedLinear) and isinstance(second, PackedLinear):
         return first.out_features == second.in_features
     if isinstance(first, PackedConv2d) and isinstance(second, PackedConv2d):
         return first.known_to_kernels and second.known_to_kernels
     return False
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody else looks at what goes into a module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _rises(module: nn.Module) -> bool:
@@ -133,7 +148,8 @@ def _before(function: nn.Module, threshold: Tensor, dtype: torch.dtype, above_ze
     `above_zero`, it rises from 0 on and is not above 0 before."""
 
     def value(y: Tensor) -> Tensor:
-        result = function(y.to(dtype)).float()
+        # Of an infinite number, which the largest float32 ones are in float16, some functions make no number.
+        result = function(y.to(dtype).clamp(max=torch.finfo(dtype).max)).float()
         return torch.where(y >= 0, result, -torch.inf) if above_zero else result
 
     return smallest_reaching(threshold, value)
@@ -143,16 +159,20 @@ def _share_inputs(model: PreTrainedModel, found: Trace) -> list[list[str]]:
     groups: dict[int, list[str]] = defaultdict(list)
     for call in found.layers:
         groups[id(call.input)].append(call.name)
+    distinct = set(map(tuple, groups.values()))  # a layer that is executed again may be in the same group again
+    members = Counter(name for names in distinct for name in names)
     shared = []
-    for names in groups.values():
+    for names in sorted(distinct):
         layers = [layer for name in names if isinstance(layer := model.get_submodule(name), PackedLinear)]
         binary = len(layers) == len(names) and all(layer.activation_threshold is not None for layer in layers)
-        if not binary or not 1 < len(set(names)) == len(names) or not sharing(layers):
+        if not binary or len(names) == 1 or any(members[name] > 1 for name in names) or not sharing(layers):
+            continue
+        if any(map(_hooked, layers)):
             continue
         group = SharedInput(layers)
         for place, layer in enumerate(layers):
             layer.shared = group, place
-        shared.append(names)
+        shared.append(list(names))
     return shared
 
 
@@ -160,7 +180,9 @@ def _norm_sums(model: PreTrainedModel) -> list[str]:
     blocks = [
         (name, block)
         for name, block in model.named_modules()
-        if isinstance(getattr(block, "dense", None), PackedLinear) and ResidualNorm.fits(block)
+        if isinstance(getattr(block, "dense", None), PackedLinear)
+        and not any(map(_hooked, (block, *block.children())))
+        and ResidualNorm.fits(block)
     ]
     for name, block in blocks:
         model.set_submodule(name, ResidualNorm(block).train(block.training))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from hf_stompp import BinarizationConfig, binarize, calibrate, kernels, pack, unpack
-from hf_stompp.fusion import fuse, unfuse
+from hf_stompp.fusion import _before, fuse, unfuse
 from hf_stompp.layers import PackedLayer, PackedLinear
 from hf_stompp.layers.fused import PassesBits, ResidualNorm, SharedInput, sharing
 from hf_stompp.patching import binary_layers, packed_layers
@@ -116,7 +116,7 @@ def test_it_is_not_in_the_files(tiny_model: Factory, texts: dict[str, Tensor], t
     assert handing_on(loaded) == []
     fuse(loaded)
     assert handing_on(loaded) == handing_on(model) != []
-    assert not any("next_threshold" in name or "activation_fn.activation" in name for name in loaded.state_dict())
+    assert not any("next_threshold" in name or name.endswith(".activation") for name in loaded.state_dict())
     with kernels.use("cpu"):
         assert torch.equal(logits(loaded, texts), logits(model, texts))
         cast = logits(copy.deepcopy(loaded).to(torch.bfloat16), texts)
@@ -203,8 +203,13 @@ def test_each_call_with_a_shared_input_gives_what_the_layer_gives() -> None:
     group, x = SharedInput(layers), torch.randn(2, 5, 40)
     with kernels.use("cpu"):
         expected = [layer(x) for layer in layers]
-        for place in (2, 0, 2, 1, 1, 0):
+        for place in (2, 0, 2, 1, 0):
             assert torch.equal(group(x, place), expected[place])
+        assert not vars(x)
+        group(x, 1)
+        assert copy.deepcopy(x)._hf_stompp_outputs is None  # of this process, and heavy
+        x.neg_()
+        assert torch.equal(group(x, 0), layers[0](x)) and not torch.equal(layers[0](x), expected[0])
 
 
 def test_inputs_are_shared_where_their_bits_are_the_same() -> None:
@@ -292,3 +297,83 @@ def test_half_precision_models_hand_on_the_bits_of_what_was_rounded(
     with kernels.use("cpu"):
         fused = logits(model, texts)
         assert fused.dtype == dtype and torch.equal(fused, logits(unfused(model), texts))
+
+
+def test_hooks_are_heard(tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    model = packed(tiny_model("bert"), texts)
+    unfuse(model)
+    heard: list[str] = []
+    block = model.bert.encoder.layer[0]
+    for name in ("output", "intermediate.intermediate_act_fn", "attention.output.LayerNorm"):
+        block.get_submodule(name).register_forward_hook(lambda *_, name=name: heard.append(name))
+    fused = fuse(model)
+    assert len(fused.bits) == 1 and len(fused.norms) == 2 and all("layer.1" in name for name in fused.norms)
+    heard.clear()
+    with kernels.use("cpu"):
+        logits(model, texts)
+    assert sorted(heard) == ["attention.output.LayerNorm", "intermediate.intermediate_act_fn", "output"]
+
+
+def test_an_activation_of_two_layers_stays(tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    model = tiny_model("bert")
+    blocks = model.bert.encoder.layer
+    blocks[1].intermediate.intermediate_act_fn = blocks[0].intermediate.intermediate_act_fn
+    assert handing_on(packed(model, texts)) == []
+
+
+def test_a_model_in_training_mode_is_refused(tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"training mode: call model.eval\(\)"):
+        fuse(packed(tiny_model("bert"), texts).train())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("function", [nn.GELU(), nn.ReLU(), nn.SiLU(), nn.Identity()], ids=str)
+def test_thresholds_before_activations_of_all_sizes(function: nn.Module, dtype: torch.dtype) -> None:
+    """Those of float16 were lost where a function of infinity is no number."""
+    threshold = torch.linspace(0.01, 5, 200)
+    found = _before(function, threshold, dtype, above_zero=not isinstance(function, nn.Identity))
+    below = torch.nextafter(found, torch.tensor(0.0))
+    assert (function(found.to(dtype)).float() >= threshold).all()
+    assert (function(below.to(dtype)).float() < threshold).all()
+
+
+@pytest.mark.parametrize("architecture", ["albert", "roberta", "deberta-v2"])
+def test_other_models_give_the_same(architecture: str, tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    model = packed(tiny_model(architecture), texts, activation_levels="signed")
+    fused = fuse(model)
+    names = [name for group in fused.inputs for name in group]
+    assert len(names) == len(set(names))
+    with kernels.use("cpu"):
+        assert torch.allclose(logits(model, texts), logits(unfused(model), texts), atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(logits(model, texts), logits(unfused(model), texts), atol=0.02)
+
+
+@torch.no_grad()
+def test_norms_that_are_put_in_afterwards_are_torchs_part(tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    model = packed(tiny_model("bert"), texts)
+    block = model.bert.encoder.layer[0].output
+    features = block.LayerNorm.normalized_shape
+    strided = nn.LayerNorm(features)
+    strided.weight = nn.Parameter(torch.randn(2 * features[0])[::2])
+    for norm in (nn.LayerNorm(features, bias=False), nn.RMSNorm(features), strided):
+        block.LayerNorm = norm
+        with kernels.use("cpu"):
+            assert torch.allclose(logits(model, texts), logits(unfused(model), texts), atol=1e-6)
+
+
+def test_threads_give_the_same_sums_norms_and_weights() -> None:
+    from hf_stompp.kernels.dense import dense
+    from hf_stompp.kernels.normalization import add_norm
+
+    x, residual, bits = torch.randn(300, 768), torch.randn(300, 768), torch.randint(256, (900, 96), dtype=torch.uint8)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y = add_norm(x, residual, torch.ones(768), torch.zeros(768), 1e-5)
+            found.append((y, dense(bits, torch.ones(900), 767)))
+    finally:
+        torch.set_num_threads(threads)
+    for y, weight in found[1:]:
+        assert torch.equal(y, found[0][0]) and torch.equal(weight, found[0][1])

@@ -6,12 +6,14 @@ Without them, on other devices and for whatever they do not cover, the same is c
 """
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +36,7 @@ def backend() -> str:
         ValueError: `HF_STOMPP_KERNELS` is no backend.
         ImportError: It asks for `"cpu"`, and numba is not installed, or does not work.
     """
-    return _used[-1] if _used and _used[-1] != "triton" else _found()
+    return next((name for name in reversed(_used) if name != "triton"), None) or _found()
 
 
 def on_gpu(index: int) -> bool:
@@ -105,7 +107,10 @@ def info() -> str:
             lines["1-bit weights alone"] = lookup
             lines["compiled kernels in"] = numba.config.CACHE_DIR or "__pycache__ beside the package"
     for index in range(torch.cuda.device_count()):
-        how = "triton" if on_gpu(index) else "reference; `HF_STOMPP_KERNELS=triton` asks for a kernel"
+        try:
+            how = "triton" if on_gpu(index) else "reference; `HF_STOMPP_KERNELS=triton` asks for a kernel"
+        except RuntimeError as error:
+            how = str(error)
         lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {how}"
     if "HF_STOMPP_KERNELS" in os.environ:
         lines["HF_STOMPP_KERNELS"] = os.environ["HF_STOMPP_KERNELS"]
@@ -167,6 +172,23 @@ def _found() -> str:
     return "cpu" if _load("HF_STOMPP_KERNELS=cpu" if asked == "cpu" else None) else "reference"
 
 
+def _forget_stale() -> None:
+    """Makes numba compile anew what takes parts from a file that was changed: it looks at a kernel's own file alone,
+    at its time and size."""
+    folder = Path(__file__).parent
+    files = sorted(folder.glob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    stamp = folder / "__pycache__" / "kernels.sha256"
+    try:
+        if not stamp.exists() or stamp.read_text() != digest:
+            for file in files:
+                os.utime(file)
+            stamp.parent.mkdir(exist_ok=True)
+            stamp.write_text(digest)
+    except OSError:
+        pass  # an installed package, whose files are as new as the package
+
+
 @functools.cache
 def _load(asked_by: str | None) -> bool:
     """Imports the kernels; whether they work.
@@ -176,6 +198,7 @@ def _load(asked_by: str | None) -> bool:
     """
     try:
         with _loading, _announced():
+            _forget_stale()
             lookup = ("weights",) if loaded("vectors").features_of_lookup() else ()
             for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)

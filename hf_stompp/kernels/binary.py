@@ -30,7 +30,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int32: 2}
 def linear(input: Tensor, operands: Operands) -> Tensor:
     """The outputs `[…, N]` of inputs `[…, K]`, floats or bits; with `next_threshold`, bits."""
     assert operands.threshold is not None
-    layer = panels(operands, 1, operands.threshold.shape[0])
+    features = len(operands.threshold) if input.dtype == torch.int32 else input.shape[-1]
+    layer = panels(operands, 1, features)
     x = readable(input).contiguous()
     shape = x.shape[:-1]
     rows, out = shape.numel(), result(shape, layer)

@@ -34,7 +34,8 @@ def conv2d(input: Tensor, operands: Operands, geometry: Geometry) -> Tensor:
             f"{geometry.padding}."
         )
     assert operands.threshold is not None
-    channels, places = len(operands.threshold), geometry.kernel[0] * geometry.kernel[1]
+    channels = len(operands.threshold) if input.dtype == torch.int32 else input.shape[1]
+    places = geometry.kernel[0] * geometry.kernel[1]
     layer = panels(operands, places, channels)
     bits = x = readable(input).contiguous(memory_format=torch.channels_last)
     bits_stride = x.shape[1]

@@ -15,8 +15,8 @@ _ALONE = 1 << 18
 
 
 def dense(weight: Tensor, scale: Tensor, length: int) -> Tensor:
-    """±s, float32 `[N, K]`, of bits, uint8 `[N, ceil(K / 8)]`, and scales, float32 `[N]`; K is `length`."""
-    bits, scale = weight.contiguous(), scale.contiguous()
+    """±s, float32 `[N, K]`, of bits, uint8 `[N, ceil(K / 8)]`, and scales `[N]`; K is `length`."""
+    bits, scale = weight.contiguous(), scale.float().contiguous()
     out = torch.empty(len(bits), length)
     operands = bits.data_ptr(), scale.data_ptr(), out.data_ptr(), length
     in_blocks(_dense, operands, len(bits), out.numel() // _ALONE)

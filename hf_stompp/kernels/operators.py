@@ -29,7 +29,7 @@ def cover(input: Tensor, axis: int, features: int, binary_input: bool) -> bool:
         return not compiling and shape[axis] == 2 * ((features + 63) // 64)
     if dtype not in _DTYPES or shape[axis] != features:
         return False
-    if not compiling and (type(input) not in _PLAIN or torch.jit.is_tracing() or _is_functorch_wrapped(input)):
+    if not compiling and (type(input) not in _PLAIN or _recorded(input)):
         return False
     return _available(binary_input) if device.type == "cpu" else _available_on_gpu(device.index)
 
@@ -38,7 +38,10 @@ def backend(device: torch.device, axis: int, binary_input: bool) -> str:
     """What computes a layer that [`cover`] asks of, on this device: `"cpu"`, `"triton"` or `"reference"`."""
     if device.type == "cpu" and _available(binary_input):
         return "cpu"
-    on_gpu = device.type == "cuda" and axis == -1 and binary_input and _available_on_gpu(device.index)
+    try:
+        on_gpu = device.type == "cuda" and axis == -1 and binary_input and _available_on_gpu(device.index)
+    except RuntimeError:
+        return "triton, which does not work here"
     return "triton" if on_gpu else "reference"
 
 
@@ -79,8 +82,7 @@ def as_operator(input: Tensor, operands: Operands) -> bool:
 def cover_dense(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether the kernels make float weights of these bits."""
     plain = dtype == torch.float32 and weight.device.type == "cpu" and type(weight) in _PLAIN
-    unheard = torch.compiler.is_compiling() or torch.jit.is_tracing() or _is_functorch_wrapped(weight)
-    return plain and not unheard and kernels.backend() == "cpu"
+    return plain and not _recorded(weight) and kernels.backend() == "cpu"
 
 
 def dense_rows(weight: Tensor, scale: Tensor, length: int, dtype: torch.dtype) -> Tensor:
@@ -94,21 +96,28 @@ def dense_rows(weight: Tensor, scale: Tensor, length: int, dtype: torch.dtype) -
     return unpack_signs(weight, length, dtype).mul_(scale.to(dtype).unsqueeze(1))
 
 
-def cover_norm(x: Tensor, residual: Tensor, weight: Tensor) -> bool:
+def cover_norm(x: Tensor, residual: Tensor, norm: nn.Module) -> bool:
     """Whether [`add_norm`] takes these; what makes gradients or a graph is for torch."""
-    plain = all(
-        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and type(tensor) in _PLAIN
-        for tensor in (x, residual, weight)
-    )
-    unheard = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    alike = x.shape == residual.shape and x.shape[-1:] == weight.shape
-    return plain and alike and not unheard and not _is_functorch_wrapped(x) and kernels.backend() == "cpu"
+    if type(norm) is not nn.LayerNorm or norm.bias is None:
+        return False
+    tensors = x, residual, norm.weight, norm.bias
+    plain = all(t.dtype == torch.float32 and t.is_cpu and type(t) in _PLAIN for t in tensors)
+    alike = x.shape == residual.shape and x.shape[-1:] == norm.weight.shape == norm.bias.shape
+    compact = norm.weight.is_contiguous() and norm.bias.is_contiguous()
+    unheard = torch.is_grad_enabled() or any(_recorded(tensor) for tensor in tensors)
+    return plain and alike and compact and not unheard and kernels.backend() == "cpu"
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
     r"""\\(\operatorname{LayerNorm}(x + r)\\), for what [`cover_norm`] covers."""
-    out: Tensor = kernels.loaded("normalization").add_norm(x, residual, weight, bias, eps)
+    out: Tensor = kernels.loaded("normalization").add_norm(x, residual, norm.weight, norm.bias, norm.eps)
     return out
+
+
+def _recorded(tensor: Tensor) -> bool:
+    """Whether what is done to a tensor is written down, as operations: kernels are none."""
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return recorded or _is_functorch_wrapped(tensor)
 
 
 def _handing_on(operands: Operands) -> Operands:
@@ -124,6 +133,9 @@ def _cast(out: Tensor) -> Tensor:
 
 
 def _linear(input: Tensor, operands: Operands) -> Tensor:
+    if operands.threshold is None and not _available(binary_input=False):  # made elsewhere, and brought here
+        weight = dense_rows(operands.weight, operands.weight_scale, input.shape[-1], input.dtype)
+        return nn.functional.linear(input, weight, operands.bias)
     module = "weights" if operands.threshold is None else "binary"
     out: Tensor = kernels.loaded(module).linear(input, operands)
     return out

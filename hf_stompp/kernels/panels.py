@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_stompp.kernels.operands import Operands
+from hf_stompp.kernels.operands import Operands, check_shapes
 from hf_stompp.kernels.vectors import WIDTH
 
 _ATTRIBUTE = "_hf_stompp_panels"
@@ -38,6 +38,7 @@ class Panels:
     """
 
     def __init__(self, made_of: list[int], operands: Operands, places: int, features: int, per_word: int) -> None:
+        check_shapes(operands, places * features, features)
         weight, weight_scale, bias, threshold, levels, next_threshold = operands
         self.made_of, self.outputs, self.features = made_of, len(weight), features
         words, self.blocks = -(-features // per_word), (self.outputs + WIDTH - 1) // WIDTH
@@ -55,7 +56,7 @@ class Panels:
         # What is beyond the last output is below its threshold.
         above = None if next_threshold is None else self._padded(next_threshold.float(), torch.inf)
         own = None if threshold is None else threshold.float().contiguous().clone()
-        self._sources = [x.detach() for x in operands[1:] if x is not None]
+        self._sources = [x.detach() for x in operands if x is not None]
         self._tensors = bits, offsets, gain, biases, above, own  # whose addresses are given out
         self.above = above is not None
         self.at = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)

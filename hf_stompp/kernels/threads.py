@@ -5,9 +5,10 @@ another kind would compete with torch's, which wait for their next work without 
 import ctypes
 import functools
 import os
+import threading
 from array import array
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def in_blocks(kernel: Any, operands: tuple[int, ...], length: int, most: int) ->
     threads = 1 if most <= 1 or length <= 1 else min(torch.get_num_threads(), length, most)
     memory = array("q", (0, threads, length, kernel.address, *operands))
     at, _ = memory.buffer_info()
-    parallel = _openmp() if threads > 1 else None
+    parallel = _openmp() if threads > 1 and not _forked.is_set() else None
     if threads == 1:
         kernel.ctypes(at + 8 * _HEAD, 0, length)
     elif parallel is not None:
@@ -71,8 +72,17 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count())  # they are started as they are needed
 
 
+_forked = threading.Event()
+
+
+def _after_fork() -> None:
+    """A child process has none of its parent's threads, and OpenMP would wait for them."""
+    _pool.cache_clear()
+    _forked.set()
+
+
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child process has none of its parent's threads
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def in_threads(work: Callable[[int, int], Any], length: int, most: int) -> None:
@@ -82,7 +92,23 @@ def in_threads(work: Callable[[int, int], Any], length: int, most: int) -> None:
         work(0, length)
         return
     ends = [length * i // blocks for i in range(blocks + 1)]
-    futures = [_pool().submit(work, start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
-    wait(futures)  # all of them, also if one fails: they work on memory of the caller's
+    futures: list[Future[Any]] = []
+    try:
+        for start, stop in zip(ends[:-1], ends[1:], strict=True):
+            futures.append(_pool().submit(work, start, stop))
+    finally:
+        _wait(futures)
     for future in futures:
         future.result()
+
+
+def _wait(futures: list[Future[Any]]) -> None:
+    """For all of them, also if one fails, or Ctrl-C is pressed: they work on memory of the caller's."""
+    interrupted = None
+    while not all(future.done() for future in futures):
+        try:
+            wait(futures)
+        except BaseException as error:
+            interrupted = error
+    if interrupted is not None:
+        raise interrupted

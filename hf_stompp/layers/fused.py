@@ -52,7 +52,7 @@ class ResidualNorm(nn.Module):
             return False
         generator = torch.Generator().manual_seed(0)
         x, residual = (
-            torch.randn(1, 2, features, generator=generator).to(norm.weight)
+            torch.randn(1, 2, features, generator=generator, device="cpu").to(norm.weight)
             for features in (dense.in_features, dense.out_features)
         )
         try:
@@ -69,11 +69,20 @@ class ResidualNorm(nn.Module):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         dense, dropout, norm = (self.get_submodule(name) for name in _PARTS)
         y: Any = dropout(dense(hidden_states))
-        assert isinstance(norm, nn.LayerNorm)
-        if operators.cover_norm(y, input_tensor, norm.weight):
-            return operators.add_norm(y, input_tensor, norm.weight, norm.bias, norm.eps)
+        if isinstance(norm, nn.LayerNorm) and operators.cover_norm(y, input_tensor, norm):
+            return operators.add_norm(y, input_tensor, norm)
         out: Tensor = norm(y + input_tensor)
         return out
+
+
+class _Outputs:
+    """What each layer of a group gives, left with an input of which this was the version; nothing in a copy of it."""
+
+    def __init__(self, group: "SharedInput", version: int | None, each: list[Tensor]) -> None:
+        self.group, self.version, self.each = group, version, dict(enumerate(each))
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class SharedInput:
@@ -93,13 +102,14 @@ class SharedInput:
 
     def __call__(self, input: Tensor, place: int) -> Tensor:
         """What the layer of this place gives."""
-        made: list[Any]
-        group, made = getattr(input, _MADE, (None, []))
-        if group is not self or made[place] is None:
-            made = list(operators.linear(input, self.operands).split(self.sizes, dim=-1))
-            setattr(input, _MADE, (self, made))
-        out: Tensor = made[place]
-        made[place] = None  # taken: a second call is another one, and nothing is kept for longer than it is needed
+        version = None if input.is_inference() else input._version
+        made: _Outputs | None = getattr(input, _MADE, None)
+        if made is None or made.group is not self or made.version != version or place not in made.each:
+            made = _Outputs(self, version, list(operators.linear(input, self.operands).split(self.sizes, dim=-1)))
+            setattr(input, _MADE, made)
+        out = made.each.pop(place)  # a second call is another one
+        if not made.each:
+            delattr(input, _MADE)
         return out
 
 

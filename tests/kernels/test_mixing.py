@@ -1,9 +1,11 @@
 """The one-pass kernels against numpy in float64, and against the torch operations that they stand in for."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -283,3 +285,42 @@ def test_many_threads_are_no_more_than_the_processors() -> None:
     finally:
         torch.set_num_threads(threads)
     assert threading.active_count() - before <= (os.cpu_count() or 1)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no interval timers on this system")
+def test_an_interrupt_waits_for_the_threads() -> None:
+    """They would write into memory that is somebody else's by then."""
+    from hf_stompp.kernels.threads import in_threads
+
+    done: list[int] = []
+
+    def work(start: int, stop: int) -> None:
+        time.sleep(0.5)
+        done.append(start)
+
+    def interrupt(*_: object) -> None:
+        raise TimeoutError("too long")
+
+    threads, before = torch.get_num_threads(), signal.signal(signal.SIGALRM, interrupt)
+    try:
+        torch.set_num_threads(2)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(TimeoutError, match="too long"):
+            in_threads(work, 2, 2)
+        assert sorted(done) == [0, 1]
+    finally:
+        torch.set_num_threads(threads)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_what_is_compiled_of_other_files_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.py").write_text("1")
+    (tmp_path / "two.py").write_text("2")
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
+    for name, forgotten in (("one.py", True), (None, False), ("two.py", True)):
+        if name:
+            (tmp_path / name).write_text(f"changed {name}")
+        for file in tmp_path.glob("*.py"):
+            os.utime(file, (1, 1))
+        kernels._forget_stale()
+        assert all((file.stat().st_mtime > 1) == forgotten for file in tmp_path.glob("*.py"))

@@ -1,6 +1,7 @@
 """The kernels of packed layers against float64, sampled over shapes and on values at the edges."""
 
 import copy
+import importlib.util
 import os
 import platform
 import subprocess
@@ -207,6 +208,38 @@ def test_what_is_written_to_a_layer_is_seen() -> None:
 
 
 @torch.no_grad()
+def test_another_memory_at_the_same_address_is_seen() -> None:
+    packed, _ = linear(40, 70, "signed")
+    x = torch.randn(4, 40)
+    with kernels.use("cpu"):
+        packed(x)
+        packed.weight.data = packed.weight.data.clone()  # the first memory is free for the next
+        packed.weight.data = 255 - packed.weight.data
+        y = packed(x)
+    with kernels.use("reference"):
+        assert torch.allclose(y, packed(x), atol=1e-4)
+
+
+@torch.no_grad()
+def test_tensors_of_other_shapes_are_refused_in_layers_too() -> None:
+    packed, _ = linear(40, 70, "signed")
+    packed.activation_threshold = torch.tensor([0.5])
+    with kernels.use("cpu"), pytest.raises(ValueError, match=r"threshold is \(1,\), but that of a packed layer"):
+        packed(torch.randn(4, 40))
+
+
+@torch.no_grad()
+def test_graphs_of_what_is_done_have_the_reference() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for kind in LEVELS:
+        packed, _ = linear(40, 70, kind)
+        x, other = torch.randn(2, 3, 40)
+        with kernels.use("cpu"):
+            assert torch.allclose(make_fx(packed)(x)(other), packed(other), atol=1e-4)
+
+
+@torch.no_grad()
 def test_copies_make_their_own(tmp_path: Path) -> None:
     """What is laid out is known by its addresses, which mean nothing elsewhere."""
     packed, _ = linear(40, 70, "signed")
@@ -298,6 +331,9 @@ def test_the_backend_can_be_chosen_for_a_while() -> None:
         with kernels.use("cpu"):
             pass
         assert kernels.backend() == "reference"
+        if importlib.util.find_spec("triton"):
+            with kernels.use("triton"):
+                assert kernels.backend() == "reference"
     with pytest.raises(ValueError, match="the backend is 'gpu'; allowed: cpu, triton, reference"), kernels.use("gpu"):
         pass
 
