@@ -65,6 +65,8 @@ CONVOLUTIONS = (
     ),
 )
 Variants = dict[str, Callable[[], Any]]
+PAUSE = 0.05
+"""Seconds in which the threads of the variant before come to rest."""
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 
 
@@ -114,6 +116,9 @@ def measure(variants: Variants, threads: int, rounds: int, seconds: float) -> di
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
+            if threads > 1:  # onnxruntime's wait for their next work without rest, for a while
+                time.sleep(PAUSE)
+                run()
             start = clock()
             for _ in range(repeats[name]):
                 run()
@@ -310,7 +315,7 @@ def whole(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Variants:
     if text:
         quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
         variants["int8"] = lambda: quantized(**inputs)
-    return variants | onnx(Positional(model, list(inputs)), tuple(inputs.values()), quantize=text)
+    return variants | onnx(Positional(model, list(inputs)).eval(), tuple(inputs.values()), quantize=text)
 
 
 class Positional(nn.Module):
