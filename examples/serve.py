@@ -19,10 +19,13 @@ from typing import Annotated
 
 import torch
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, StringConstraints
 from transformers import pipeline
 
+from hf_stompp import kernels
 from hf_stompp.fusion import fuse
 
 
@@ -40,11 +43,13 @@ def create_app(checkpoint: str | None = None) -> FastAPI:
     classify = pipeline(
         "text-classification", model=checkpoint or os.environ["CHECKPOINT"], device="cpu", truncation=True
     )
+    if len(classify.tokenizer) <= len(classify.tokenizer.all_special_tokens):  # transformers makes one of no words
+        raise SystemExit(f"{checkpoint} has no tokenizer of its own: tokenizer.save_pretrained({checkpoint!r}).")
     longest = classify.model.config.max_position_embeddings
-    classify.tokenizer.model_max_length = min(
-        classify.tokenizer.model_max_length, longest
-    )  # some tokenizers have none
-    fuse(classify.model)  # which works under no_grad alone: a pipeline sees to that
+    own = classify.tokenizer.model_max_length  # some tokenizers have none
+    classify.tokenizer.model_max_length = min(own, longest)
+    fused = fuse(classify.model)  # which works under no_grad alone: a pipeline sees to that
+    print(f"{kernels.info()}\nfused: {len(fused.bits)} pairs of layers, {len(fused.norms)} norms", flush=True)
     classify("The first call compiles the kernels and lays the weights out for them.")
     # As many texts at a time as there are cores, each on one thread: several threads on a text of a sentence or two
     # wait for each other more than they gain, and more texts at a time (a `def` endpoint has up to 40) take turns. Who
@@ -57,6 +62,12 @@ def create_app(checkpoint: str | None = None) -> FastAPI:
     async def predict(input: Input) -> Output:
         [best] = await asyncio.get_running_loop().run_in_executor(pool, classify, input.text)
         return Output(**best)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
+        # FastAPI's own answer repeats the input, however large, and fails if that is no Unicode.
+        reasons = [{"loc": reason["loc"], "msg": reason["msg"]} for reason in error.errors()]
+        return JSONResponse({"detail": reasons}, status_code=422)
 
     @app.get("/health")
     async def health() -> dict[str, str]:

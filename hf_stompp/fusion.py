@@ -6,11 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
+from hf_stompp import kernels
 from hf_stompp.folding import smallest_reaching
 from hf_stompp.layers import PackedConv2d, PackedLayer, PackedLinear
 from hf_stompp.layers.fused import PassesBits, ResidualNorm, SharedInput, sharing
+from hf_stompp.patching import binary_layers
 from hf_stompp.tracing import HALF_RECTIFIED_MODULES, Trace, trace
+
+logger = logging.get_logger(__name__)
 
 
 class Fused(NamedTuple):
@@ -49,16 +54,23 @@ def fuse(model: PreTrainedModel) -> Fused:
         model (`PreTrainedModel`): A packed model in evaluation mode. Modules with hooks are left as they are.
 
     Raises:
-        ValueError: The model is in training mode.
+        TypeError: It is no model of transformers; of a pipeline, fuse its `.model`.
+        ValueError: The model is latent, or in training mode.
 
     Example:
 
         >>> fuse(AutoModelForSequenceClassification.from_pretrained("bert-sst2-1bit"))  # doctest: +SKIP
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"fuse takes a transformers.PreTrainedModel, not a {type(model).__name__}.")
+    if binary_layers(model):
+        raise ValueError("fuse is for packed models, and this one is latent: fuse what pack(model) gives.")
     if model.training:
         raise ValueError("fuse is for models that are served, and this one is in training mode: call model.eval().")
     unfuse(model)
     found = trace(model)
+    if kernels.backend() == "reference":
+        logger.warning("fuse changes nothing here, for what it fuses is done by the kernels: see kernels.info().")
     return Fused(_hand_bits_on(model, found), _share_inputs(model, found), _norm_sums(model))
 
 

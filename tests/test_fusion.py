@@ -326,6 +326,24 @@ def test_a_model_in_training_mode_is_refused(tiny_model: Factory, texts: dict[st
         fuse(packed(tiny_model("bert"), texts).train())
 
 
+def test_what_cannot_be_fused(tiny_model: Factory) -> None:
+    with pytest.raises(ValueError, match=r"this one is latent: fuse what pack\(model\) gives"):
+        fuse(binarize(tiny_model("bert")).eval())
+    with pytest.raises(TypeError, match="takes a transformers.PreTrainedModel, not a Linear"):
+        fuse(nn.Linear(3, 3))
+
+
+def test_without_the_kernels_it_says_that_it_changes_nothing(
+    tiny_model: Factory, texts: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = unfused(packed(tiny_model("bert"), texts))
+    expected = logits(model, texts)
+    with kernels.use("reference"):
+        fuse(model)
+        assert "changes nothing here" in caplog.text
+    assert torch.allclose(logits(model, texts), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("function", [nn.GELU(), nn.ReLU(), nn.SiLU(), nn.Identity()], ids=str)
 def test_thresholds_before_activations_of_all_sizes(function: nn.Module, dtype: torch.dtype) -> None:

@@ -95,7 +95,7 @@ def info() -> str:
     """
     lines = {"backend": backend(), "threads": str(torch.get_num_threads())}
     if importlib.util.find_spec("numba") is None:
-        lines["numba"] = "not installed: `pip install hf_stompp[fast]` makes packed models fast on a CPU"
+        lines["numba"] = "not installed: `pip install numba` makes packed models fast on a CPU"
     else:
         numba = importlib.import_module("numba")
         lines["numba"] = numba.__version__
@@ -105,15 +105,16 @@ def info() -> str:
             at_once = vectors.features_of_lookup()
             lookup = f"cpu, {at_once} weights to a look-up" if at_once else "reference: the processor has no AVX2"
             lines["1-bit weights alone"] = lookup
-            lines["compiled kernels in"] = numba.config.CACHE_DIR or "__pycache__ beside the package"
+            lines["compiled kernels in"] = numba.config.CACHE_DIR or str(Path(__file__).with_name("__pycache__"))
     for index in range(torch.cuda.device_count()):
         try:
             how = "triton" if on_gpu(index) else "reference; `HF_STOMPP_KERNELS=triton` asks for a kernel"
         except RuntimeError as error:
             how = str(error)
         lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {how}"
-    if "HF_STOMPP_KERNELS" in os.environ:
-        lines["HF_STOMPP_KERNELS"] = os.environ["HF_STOMPP_KERNELS"]
+    if (asked := _asked()) is not None:
+        idle = asked == "triton" and torch.cuda.device_count() == 0
+        lines["HF_STOMPP_KERNELS"] = asked + (": there is no GPU here, so it changes nothing" if idle else "")
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
 
 
@@ -141,7 +142,7 @@ def _check(name: str, field: str) -> None:
 
 
 def _asked() -> str | None:
-    asked = os.environ.get("HF_STOMPP_KERNELS")
+    asked = os.environ.get("HF_STOMPP_KERNELS") or None
     if asked is not None:
         _check(asked, "HF_STOMPP_KERNELS")
     return asked
@@ -203,7 +204,7 @@ def _load(asked_by: str | None) -> bool:
             for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)
     except Exception as error:  # numba for another numpy, no folder for what it compiles, …
-        advice = "`pip install hf_stompp[fast]`; NUMBA_CACHE_DIR names a folder that it may write to"
+        advice = "`pip install numba`; NUMBA_CACHE_DIR names a folder that it may write to"
         if asked_by:
             raise ImportError(f"{asked_by} needs a numba that works ({error}): {advice}.") from error
         logger.warning(f"numba is installed, but does not work ({error}); torch does its part, slower. {advice}.")
