@@ -9,6 +9,10 @@ its calibration when its window begins (a forward pass), is in none of them: in 
     HF_STOMPP_KERNELS=reference python benchmarks/training.py    # without the extra `fast`
     python benchmarks/training.py --model bert-base --device cuda --batches 32x128 --bf16
     python benchmarks/training.py --model resnet-18-quarter --batches 64x64        # 64 images of 64 x 64 pixels
+    python benchmarks/training.py --model bert-3x384 --batches 16x64 --peers       # beside other libraries' layers
+
+`--peers` puts the layers of other libraries in the same places: transformers' `AutoBitLinear` (1.58 bits, online),
+and, where they are installed, torchao's fake quantizers (4-bit weights, 8-bit inputs) and brevitas' binary layers.
 """
 
 import argparse
@@ -16,10 +20,13 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForImageClassification,
@@ -32,13 +39,14 @@ from transformers import (
     TrainingArguments,
 )
 from transformers import set_seed as seed_everything
-from transformers.utils import logging
 
 from hf_stompp import BinarizationConfig, StomppCallback, binarize, kernels
 from hf_stompp.patching import binary_layers
+from hf_stompp.selection import select
 
 RUN = 600  # optimizer steps
 MODELS: dict[str, PreTrainedConfig] = {
+    "bert-3x384": BertConfig(hidden_size=384, num_hidden_layers=3, num_attention_heads=6, intermediate_size=1536),
     "minilm-l6": BertConfig(hidden_size=384, num_hidden_layers=6, intermediate_size=1536),
     "bert-base": BertConfig(),
     # That of recipes/configs/cifar10_resnet18_small.yaml.
@@ -58,6 +66,54 @@ VARIANTS: dict[str, BinarizationConfig | None] = {
 }
 
 
+def bit_linear(model: nn.Module, names: list[str]) -> None:
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    for name in names:
+        plain = model.get_submodule(name)
+        layer = AutoBitLinear(plain.in_features, plain.out_features, plain.bias is not None, online_quant=True)
+        layer.load_state_dict(plain.state_dict())
+        model.set_submodule(name, layer)
+
+
+def torchao(model: nn.Module, names: list[str]) -> None:
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+
+    inputs = IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False)
+    weights = IntxFakeQuantizeConfig(torch.int4, group_size=32)
+    config = QATConfig(activation_config=inputs, weight_config=weights, step="prepare")
+    quantize_(model, config, filter_fn=lambda module, name: name in names)
+
+
+def brevitas(model: nn.Module, names: list[str]) -> None:
+    from brevitas.nn import QuantConv2d, QuantLinear
+    from brevitas.quant import SignedBinaryActPerTensorConst, SignedBinaryWeightPerTensorConst
+
+    rules = {"weight_quant": SignedBinaryWeightPerTensorConst, "input_quant": SignedBinaryActPerTensorConst}
+    for name in names:
+        plain = model.get_submodule(name)
+        bias = plain.bias is not None
+        if isinstance(plain, nn.Linear):
+            layer = QuantLinear(plain.in_features, plain.out_features, bias, **rules)
+        else:
+            sizes = plain.kernel_size, plain.stride, plain.padding, plain.dilation, plain.groups
+            layer = QuantConv2d(plain.in_channels, plain.out_channels, *sizes, bias=bias, **rules)
+        layer.load_state_dict(plain.state_dict(), strict=False)
+        model.set_submodule(name, layer)
+
+
+PEERS = {"transformers AutoBitLinear": bit_linear, "torchao QAT, W4A8": torchao, "brevitas, binary": brevitas}
+
+
+def with_peers(model: str) -> list[str]:
+    """The names of all variants of a model; of peers, those that are installed and have layers for it."""
+    linear = isinstance(MODELS[model], BertConfig)
+    modules = {bit_linear: "transformers", torchao: "torchao", brevitas: "brevitas"}
+    there = [name for name, put in PEERS.items() if find_spec(modules[put]) and (linear or put is brevitas)]
+    return [*VARIANTS, *there]
+
+
 class Variant:
     """A model, its optimizer and its callback, driven as the Trainer drives them."""
 
@@ -71,9 +127,11 @@ class Variant:
         else:
             self.model = AutoModelForImageClassification.from_config(made_of).to(device)
             data = {"pixel_values": torch.randn(size, made_of.num_channels, length, length)}
-        config = VARIANTS[name]
+        config = VARIANTS.get(name)
         if config is not None:
             binarize(self.model, config)
+        if name in PEERS:
+            PEERS[name](self.model, [one.name for one in select(self.model, BinarizationConfig()) if not one.skipped])
         self.device, self.bf16 = device, bf16
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
         examples = [{key: rows[i] for key, rows in data.items()} | {"labels": torch.tensor(0)} for i in range(size)]
@@ -83,6 +141,7 @@ class Variant:
         self.args = TrainingArguments(use_cpu=device == "cpu", report_to="none")
         self.callback = StomppCallback() if config is not None else None
         self.model.train()
+        self.forward: Callable[..., Any] = self.model
         self._event("on_train_begin", train_dataloader=loader)
 
     def _event(self, event: str, **kwargs: Any) -> None:
@@ -98,7 +157,7 @@ class Variant:
     def step(self) -> None:
         self._event("on_step_begin")
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            loss = self.model(**self.inputs).loss
+            loss = self.forward(**self.inputs).loss
         loss.backward()
         self._event("on_pre_optimizer_step")
         self.optimizer.step()
@@ -164,10 +223,12 @@ def _peak_resident() -> float:
     return float("nan")
 
 
-def measure(model: str, batch: tuple[int, int], rounds: int, device: str, bf16: bool) -> list[dict[str, Any]]:
+def measure(
+    names: list[str], model: str, batch: tuple[int, int], rounds: int, device: str, bf16: bool
+) -> list[dict[str, Any]]:
     warmup = 2
-    variants = {name: Variant(name, model, batch, device, bf16) for name in VARIANTS}
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    variants = {name: Variant(name, model, batch, device, bf16) for name in names}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(-warmup, rounds):
         for name, variant in variants.items():
             variant.seek(RUN * (2 * max(0, round_) + 1) // (2 * rounds))
@@ -203,6 +264,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", nargs="+", default=["32x16", "8x128"], help="batch size x sequence length, or side in pixels"
     )
+    parser.add_argument("--peers", action="store_true", help="beside the layers of other libraries")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -210,13 +272,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/training_MODEL_BACKEND.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    logging.set_verbosity_error()  # the callback misses its Trainer
-    rows = []
+    getLogger("hf_stompp").setLevel(ERROR)  # the callback misses its Trainer
+    names, rows = with_peers(args.model) if args.peers else list(VARIANTS), []
     print("| model | inputs | variant | ms/step | vs full precision | vs STE | peak MB | extra state |")
     print("|---|---|---|---|---|---|---|---|")
     for text in args.batches:
         size, length = map(int, text.split("x"))
-        for row in measure(args.model, (size, length), args.rounds, args.device, args.bf16):
+        for row in measure(names, args.model, (size, length), args.rounds, args.device, args.bf16):
             rows.append(row)
             print(
                 f"| {row['model']} | {row['inputs']} | {row['variant']} | {row['ms']:.0f} | {row['ratio']:.2f} "

@@ -11,6 +11,7 @@ from hf_stompp.hub import model_card, push
 from hf_stompp.patching import binarize, pack, unpack
 from hf_stompp.quantizer import register
 from hf_stompp.report import summary
+from hf_stompp.resuming import last_checkpoint
 from hf_stompp.verification import Verification, verify
 
 register()
@@ -21,6 +22,7 @@ __all__ = [
     "Verification",
     "binarize",
     "calibrate",
+    "last_checkpoint",
     "model_card",
     "pack",
     "push",

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from hf_stompp.layers import BinaryConv2d, BinaryLayer
+from hf_stompp.layers.latent import local, shard_as
 from hf_stompp.patching import binary_layers
 from hf_stompp.tracing import norms_after
 
@@ -38,21 +40,29 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
         units (`Collection[int]`, *optional*): Set the layers of these units alone; by default of all.
 
     Raises:
-        ValueError: The model is not binarized; or the batch is a single image that its batch norms see one pixel of.
+        ValueError: The model is not binarized; or it has batch norms, and the batch is a single image that they see
+            one pixel of, or FSDP has sharded it.
     """
     if not binary_layers(model):
         raise ValueError(
             f"calibrate takes a binarized model, but this {type(model).__name__} is not; binarize it first."
         )
     mask = batch.get("attention_mask")
-    norms = norms_after(model)
+    has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+    if has_norms and any(_sharded(layer) for layer in binary_layers(model).values()):
+        raise ValueError(
+            "calibrate has to know which batch norm follows each layer, and does not find it in a model that FSDP has "
+            "sharded: use DDP, which such models are small enough for."
+        )
+    norms = norms_after(model) if has_norms else {}
 
     def hook(name: str, layer: BinaryLayer, args: tuple[Tensor, ...]) -> None:
         x = args[0].detach().float()
         if mask is not None and x.shape[:-1] == mask.shape:
             x = x[mask.bool()]
         norm: Any = model.get_submodule(norms[name]) if name in norms else None
-        _calibrate_layer(layer, x.movedim(layer.FEATURE_AXIS, -1).reshape(-1, layer.input_features), norm)
+        with _kept(layer, sharded.get(name, {})):
+            _calibrate_layer(layer, x.movedim(layer.FEATURE_AXIS, -1).reshape(-1, layer.input_features), norm)
 
     layers = {
         name: layer
@@ -63,6 +73,7 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
     }
     if not layers:  # a unit of tables
         return
+    sharded = {name: _sharded(layer) for name, layer in layers.items()}
     handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
     try:
         with _calibrating(model):
@@ -70,6 +81,22 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _sharded(layer: nn.Module) -> dict[str, DTensor]:
+    """The parameters of which FSDP gives the layer a whole copy in forward, and takes no changes of it back."""
+    return {name: each for name, each in layer.named_parameters(recurse=False) if isinstance(each, DTensor)}
+
+
+@contextmanager
+def _kept(layer: BinaryLayer, sharded: Mapping[str, DTensor]) -> Iterator[None]:
+    """What is added to copies of sharded parameters within is added to the shards."""
+    changing = [name for name in sharded if name != "weight"]
+    before = {name: layer.get_parameter(name).detach().clone() for name in changing}
+    yield
+    for name, value in before.items():
+        change = layer.get_parameter(name).detach().float() - value.float()
+        local(sharded[name]).add_(shard_as(change, sharded[name]))
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`StomppCallback`: drives the masks of a binarized model from the Trainer's step, and logs what they do."""
 
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,19 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.utils import logging
 
 from hf_stompp.calibration import calibrate
 from hf_stompp.config import BinarizationConfig
+from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import BinaryLayer, LatentLayer
 from hf_stompp.patching import binary_layers, frozen_fraction
 from hf_stompp.trainer_card import TrainerCard
 
 logger = logging.get_logger(__name__)
 
+CALIBRATION_EXAMPLES = 64
+"""At most; of a smaller global batch, as many as it has: so that it does not depend on how many processes share it."""
 
-class StomppCallback(TrainerCallback):
+
+class StomppCallback(TrainerCallback, ExportableState):
     """Schedules the binarization of a model that [`binarize`] or `from_pretrained` has patched.
 
     `Trainer(model, args, callbacks=[StomppCallback()], ...)` is all there is to do. Before each optimizer step the
@@ -29,15 +34,20 @@ class StomppCallback(TrainerCallback):
     training set, and those of a unit again when its window begins.
 
     It holds no state that matters: the schedule is a function of `global_step` and `max_steps`, so a resumed run goes
-    on as it was. To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units
-    are fully frozen), `front_fraction` (the fraction of the unit that is next to finish) and `flip_ratio` (the share
-    of weight signs that changed since the last log).
+    on as it was. The config is written into `trainer_state.json`, so that a run is not resumed with another one. A
+    loss that is NaN or infinite ends the run, and no checkpoint is made of weights that are.
+
+    To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units are fully
+    frozen), `front_fraction` (the fraction of the unit that is next to finish) and `flip_ratio` (the share of weight
+    signs that changed since the last log).
 
     The model card of `Trainer.push_to_hub` becomes that of [`model_card`], with the logged scores and settings.
 
     Raises:
         ValueError: At the start of training, if the model is not binarized, is packed, was made with another config,
-            or if the schedule cannot finish in `max_steps`.
+            or if the schedule cannot finish in `max_steps`; or if a run is resumed with another config, or another
+            `max_steps` that changes what is frozen by now.
+        FloatingPointError: In training, if the loss, or a weight that is to be saved, is NaN or infinite.
 
     Example:
 
@@ -53,6 +63,11 @@ class StomppCallback(TrainerCallback):
         self._calibration: dict[str, Any] | None = None
         self._signs: dict[str, Tensor] = {}
 
+    def state(self) -> dict[str, Any]:
+        """What the Trainer keeps of it in a checkpoint: the config, to compare a resumed run's with."""
+        trained_with = {"trained_with": _comparable(self._config)} if self._layers else {}
+        return {"args": {}, "attributes": trained_with}
+
     @property
     def _config(self) -> BinarizationConfig:
         return next(iter(self._layers.values())).config
@@ -63,12 +78,15 @@ class StomppCallback(TrainerCallback):
         model = kwargs["model"]
         self._layers = binary_layers(model)
         check_schedule(model, state.max_steps)
+        self._check_deepspeed(args)
         self._check_start(state, frozen_fraction(model))
         _go_first(self)
+        if (trainer := _calling_trainer()) is not None:
+            FiniteGuard.install(trainer, self._position)
         self._set_masks(state.global_step + 1, state.max_steps)
         if self._config.activations:
-            self._calibration = _calibration_batch(kwargs["train_dataloader"], args.device)
-            if not all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLayer)):
+            self._calibration = _calibration_batch(kwargs["train_dataloader"], args)
+            if not self._all_calibrated():
                 if self._calibration is None:
                     raise ValueError(
                         "There is nothing to calibrate the activation scales on: the training set is a stream, whose "
@@ -76,6 +94,8 @@ class StomppCallback(TrainerCallback):
                         "Call hf_stompp.calibrate(model, batch) on a batch of your own before training."
                     )
                 calibrate(model, self._calibration)
+            elif args.deepspeed_plugin is not None:
+                self._calibration = None  # its optimizer would undo it
             elif self._calibration is None:
                 logger.warning(
                     "The training set is a stream, or its collator gives no mapping of keyword arguments: units are "
@@ -83,9 +103,28 @@ class StomppCallback(TrainerCallback):
                 )
         self._signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
 
+    def _all_calibrated(self) -> bool:
+        return all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLayer))
+
+    def _check_deepspeed(self, args: TrainingArguments) -> None:
+        """DeepSpeed's optimizer steps on copies of its own: what is written to parameters besides is lost."""
+        if args.deepspeed_plugin is None:
+            return
+        if self._config.weights and self._config.surrogate == "none":
+            raise ValueError(
+                'surrogate: received "none" with DeepSpeed, whose optimizer moves frozen weights, and does not take '
+                'their values back; allowed: surrogate="ste". Or train with DDP or FSDP.'
+            )
+        if self._config.activations and not self._all_calibrated():
+            raise ValueError(
+                "With DeepSpeed, activation scales cannot be calibrated once training has begun. Call "
+                "hf_stompp.calibrate(model, batch) on a batch of your data before you make the Trainer."
+            )
+
     def _check_start(self, state: TrainerState, frozen: float) -> None:
         """A resumed run must find the fractions its schedule left; a new one says so if it thaws a frozen model."""
         if state.global_step > 0:
+            self._check_config(state)
             expected = self._unit_fractions(state.global_step, state.max_steps)
             for name, layer in self._layers.items():
                 if abs(layer.fraction - expected[layer.unit]) > 1e-6:
@@ -99,6 +138,20 @@ class StomppCallback(TrainerCallback):
             logger.warning(
                 f"The model starts with a frozen fraction of {frozen:.3f}; its schedule freezes it again from 0. "
                 'To go on with everything frozen, set progression="none".'
+            )
+
+    def _check_config(self, state: TrainerState) -> None:
+        saved: Any = state.stateful_callbacks.get(type(self).__name__, {})
+        saved = saved[-1] if isinstance(saved, list) else saved  # of several callbacks
+        before, now = saved.get("attributes", {}).get("trained_with"), _comparable(self._config)
+        if before is None:  # of a checkpoint that has been made without the callback, or by an older one
+            return
+        changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+        if changed:
+            what = "; ".join(f"{key} was {old!r}, and is {new!r}" for key, (old, new) in changed.items())
+            raise ValueError(
+                f"The checkpoint of step {state.global_step} was trained with another BinarizationConfig: {what}. "
+                "Resume with the old one, or start a new run from the saved model."
             )
 
     def on_step_begin(
@@ -151,6 +204,15 @@ class StomppCallback(TrainerCallback):
         # The Trainer has written its copy already.
         state.log_history[-1].update(metrics)
 
+    def _position(self) -> str:
+        """How far the binarization is, for messages."""
+        front = int(self._front()["front"])
+        if front == len(self._fractions):
+            return "with all units frozen"
+        names = [name for name, layer in self._layers.items() if layer.unit == front]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"with unit {front} ({names[0]}{more}) at the front, frozen by {self._fractions[front]:.2f}"
+
     def _front(self) -> dict[str, float]:
         """Position of the front and frozen fraction there."""
         unfinished = [fraction for fraction in self._fractions if fraction < 1]
@@ -163,7 +225,7 @@ class StomppCallback(TrainerCallback):
         signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
         # Summed where the weights are, and read once.
         flips = sum(
-            (signs[name] != self._signs[name]).float().mean() * layer.weight.numel()
+            (signs[name] != self._signs[name]).float().sum() / max(1, signs[name].numel()) * layer.weight.numel()
             for name, layer in self._layers.items()
         )
         self._signs = signs
@@ -183,9 +245,7 @@ class StomppCallback(TrainerCallback):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        from transformers import Trainer  # it takes seconds, and whoever calls this has done it
-
-        trainer = _caller(Trainer)
+        trainer = _calling_trainer()
         if trainer is None:
             logger.warning("StomppCallback found no Trainer that calls it: the model card will be the Trainer's own.")
             return
@@ -232,6 +292,18 @@ def check_schedule(model: nn.Module, max_steps: int) -> None:
         )
 
 
+def _comparable(config: BinarizationConfig) -> dict[str, Any]:
+    """The config as JSON gives it back, without what has been found in the model."""
+    content: dict[str, Any] = json.loads(json.dumps({k: v for k, v in dict(config).items() if k != "modules"}))
+    return content
+
+
+def _calling_trainer() -> Any:
+    from transformers import Trainer  # it takes seconds, and whoever calls this has done it
+
+    return _caller(Trainer)
+
+
 def _go_first(callback: StomppCallback) -> None:
     """Moves the callback to the front of the handler that is calling it.
 
@@ -260,16 +332,17 @@ def _caller(kind: type) -> Any:
         del frame  # or the frames would keep each other alive
 
 
-def _calibration_batch(dataloader: Any, device: torch.device) -> dict[str, Any] | None:
+def _calibration_batch(dataloader: Any, args: TrainingArguments) -> dict[str, Any] | None:
     """Examples from all over the training set, which may be sorted: the same on every rank, without touching the
     sampler. None of a stream, whose examples would be lost to training, or where the collator gives no mapping."""
     if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
         return None
     # A dataloader that Accelerate has prepared has its batch size in the batch sampler only.
     size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
+    size = min(size * args.world_size * args.gradient_accumulation_steps, CALIBRATION_EXAMPLES)
     examples = range(0, len(dataloader.dataset), max(1, len(dataloader.dataset) // size))[:size]
     with torch.random.fork_rng():  # a collator may draw, as the one of masked language modelling does
         batch = dataloader.collate_fn([dataloader.dataset[i] for i in examples])
     if not isinstance(batch, Mapping):
         return None
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    return {key: value.to(args.device) if isinstance(value, Tensor) else value for key, value in batch.items()}

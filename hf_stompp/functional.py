@@ -27,7 +27,10 @@ def weight_scale(weight: Tensor, granularity: str) -> Tensor:
     rows, shape = weight.detach().flatten(1), (-1,) + (1,) * (weight.dim() - 1)
     if granularity == "none":
         return torch.ones(rows.shape[0], dtype=torch.float32, device=weight.device).view(shape)
-    mean = torch.cat([part.abs().mean(dim=1, dtype=torch.float32) for (part,) in _blocks(rows)])
+    if _to_kernel(rows):
+        mean = kernels.loaded("mixing").row_means(rows)
+    else:
+        mean = torch.cat([part.abs().mean(dim=1, dtype=torch.float32) for (part,) in _blocks(rows)])
     if granularity == "tensor":
         mean = mean.mean().expand(rows.shape[0])
     return mean.view(shape)
@@ -98,14 +101,21 @@ def _pass_inside(grad: Tensor, x: Tensor, scale: Tensor, clip: float | None, uns
         torch.abs(x, out=out).le_(clip * scale).mul_(grad)
 
 
-def _kernel(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None) -> Any:
-    """The kernel module for these arguments, or None: then torch does it."""
-    nothing_to_do = mask is False and clip is None
-    if nothing_to_do or x.device.type != "cpu" or torch.compiler.is_compiling() or kernels.backend() == "reference":
-        return None
-    from hf_stompp.kernels import mixing  # importing numba takes a second: not before it is used
+def _to_kernel(x: Tensor) -> bool:
+    """Whether this tensor is one for the kernels."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or kernels.backend() == "reference":
+        return False
+    fits: bool = kernels.loaded("mixing").fits(x)
+    return fits
 
-    return mixing if mixing.fits(x, scale, mask) else None
+
+def _kernel(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, shift: Tensor | None) -> Any:
+    """The kernel module for these arguments, or None: then torch does it."""
+    nothing_to_do = mask is False and clip is None and shift is None
+    if nothing_to_do or not _to_kernel(x):
+        return None
+    mixing = kernels.loaded("mixing")
+    return mixing if mixing.fits_with(x, scale, mask) else None
 
 
 class _Mix(torch.autograd.Function):
@@ -113,38 +123,54 @@ class _Mix(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool, ste: bool
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        mask: Tensor | bool,
+        clip: float | None,
+        unsigned: bool,
+        ste: bool,
     ) -> Tensor:
-        kernel = _kernel(x, scale, mask, clip)
+        kernel = _kernel(x, scale, mask, clip, shift)
         if mask is False and clip is None:
-            y = x.view_as(x)
+            y = x.view_as(x) if shift is None else x - shift
         elif kernel is not None:
-            y = kernel.forward(x, scale, mask, clip, unsigned)
+            y = kernel.forward(x, scale, shift, mask, clip, unsigned)
         else:
             # In the memory order of x; a compiler can only write into a contiguous tensor.
             y = x.new_empty(x.shape) if torch.compiler.is_compiling() else torch.empty_like(x)
             for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
-                _mixed(part, part_scale, frozen, clip, unsigned, out)
+                _mixed(_centred(part, shift), part_scale, frozen, clip, unsigned, out)
         values = y if ctx.needs_input_grad[1] and kernel is None else None
-        ctx.save_for_backward(x, scale, values, mask if isinstance(mask, Tensor) else None)
+        ctx.save_for_backward(x, scale, shift, values, mask if isinstance(mask, Tensor) else None)
         ctx.kernel, ctx.all_frozen, ctx.clip, ctx.unsigned, ctx.ste = kernel, mask is True, clip, unsigned, ste
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        x, scale, y, mask = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, y, mask = ctx.saved_tensors
+        grad_scale: Tensor | None
         if ctx.kernel is not None:
             frozen = ctx.all_frozen if mask is None else mask
-            grad_x, grad_scale = ctx.kernel.backward(grad, x, scale, frozen, ctx.clip, ctx.unsigned, ctx.ste)
-            return grad_x, grad_scale if ctx.needs_input_grad[1] else None, None, None, None, None
+            grad_x, grad_scale = ctx.kernel.backward(grad, x, scale, shift, frozen, ctx.clip, ctx.unsigned, ctx.ste)
+        else:
+            grad_x, grad_scale = _Mix._backward(ctx, grad, x, scale, shift, y, mask)
+        grad_shift = -grad_x.sum_to_size(shift.shape) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_scale if ctx.needs_input_grad[1] else None, grad_shift, None, None, None, None
+
+    @staticmethod
+    def _backward(
+        ctx: Any, grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor | None, y: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         grad_x = x.new_empty(x.shape)
         grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
         for part, out, grad_y, value, part_scale, frozen, sums in _blocks(x, grad_x, grad, y, scale, mask, grad_scale):
             if ctx.all_frozen and not ctx.ste:
                 out.zero_()
             else:
-                _pass_inside(grad_y, part, part_scale, ctx.clip, ctx.unsigned, out)
+                _pass_inside(grad_y, _centred(part, shift), part_scale, ctx.clip, ctx.unsigned, out)
             # y is γ times a constant where frozen or clipped, and does not depend on γ elsewhere.
             soft = out if frozen is None else out * (1 - frozen.view(torch.uint8).to(grad.dtype))
             if sums is not None:
@@ -152,16 +178,29 @@ class _Mix(torch.autograd.Function):
                 sums += (constant * value).sum_to_size(sums.shape) / part_scale
             if frozen is not None and not ctx.ste:
                 out.copy_(soft)
-        return grad_x, grad_scale, None, None, None, None
+        return grad_x, grad_scale
+
+
+def _centred(x: Tensor, shift: Tensor | None) -> Tensor:
+    return x if shift is None else x - shift
 
 
 def mix(
-    x: Tensor, scale: Tensor, mask: Tensor | bool, *, clip: float | None, unsigned: bool = False, ste: bool = False
+    x: Tensor,
+    scale: Tensor,
+    mask: Tensor | bool,
+    *,
+    clip: float | None,
+    unsigned: bool = False,
+    ste: bool = False,
+    shift: Tensor | None = None,
 ) -> Tensor:
     r"""Replaces the frozen entries of `x` by hard binary ones and clips the soft ones.
 
     $$\hat x = \begin{cases} γ\,\operatorname{sign}(x) & \text{frozen, signed}\\ γ\,1[x \ge γ/2] & \text{frozen,
     unsigned}\\ \operatorname{clip}(x, -κγ, κγ) \text{ or } \operatorname{clip}(x, 0, κγ) & \text{soft}\end{cases}$$
+
+    With a shift β, all of it is of \\(x - β\\), which is not kept for backward.
 
     Backward: an entry passes the gradient of its *soft* branch, `1[lower <= x <= upper]`. A frozen entry passes none,
     or the same as a soft one with `ste`. The scale gets its true derivative (the sign or the indicator where frozen,
@@ -176,6 +215,7 @@ def mix(
             returns `x` bit for bit.
         unsigned (`bool`, *optional*, defaults to `False`): Levels {0, γ} instead of {-γ, +γ}.
         ste (`bool`, *optional*, defaults to `False`): The straight-through estimator on frozen entries.
+        shift (`Tensor`, *optional*): β, broadcastable against `x` without its first axis.
 
     Example:
 
@@ -185,4 +225,4 @@ def mix(
 
     Source: arXiv 2601.22660; the straight-through estimator is BinaryConnect's (Courbariaux et al., 2015).
     """
-    return _Mix.apply(x, scale, mask, clip, unsigned, ste)
+    return _Mix.apply(x, scale, shift, mask, clip, unsigned, ste)

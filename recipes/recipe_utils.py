@@ -16,9 +16,8 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_stompp import BinarizationConfig, model_card, pack
+from hf_stompp import BinarizationConfig, last_checkpoint, model_card, pack
 from hf_stompp.checkpoint import whole_folder
 from hf_stompp.results import result_row, training_facts
 from hf_stompp.scoring import decide
@@ -172,6 +171,7 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
     """Train, or go on training, with `--do_train`; save the model; return what of it belongs in `results.json`."""
     args = trainer.args
     checkpoint = checkpoint_to_resume(args) if args.do_train else None
+    scale_losses(trainer)
     torch.set_float32_matmul_precision(matmul_precision)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics if args.do_train else {}
     torch.set_float32_matmul_precision("highest")  # the scores are those that any user gets
@@ -184,8 +184,17 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
     }
 
 
+def scale_losses(trainer: Trainer) -> None:
+    """Makes the gradient that of the mean over a step, whatever it is made of.
+
+    The loss of classification heads is the mean of its batch. The Trainer takes it for a share of the mean over a
+    step, and makes the gradient of several processes, and of accumulated batches, so many times as large.
+    """
+    trainer.model_accepts_loss_kwargs = False
+
+
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint to train on from: the one asked for, else the last one in `output_dir`, else none.
+    """The checkpoint to train on from: the one asked for, else the last whole one in `output_dir`, else none.
 
     `--resume_from_checkpoint` takes a folder, `True` (the last in `output_dir`; an error without one) or `False`
     (start anew). Without it a run that was interrupted goes on when its command is given again, and one that was
@@ -196,11 +205,11 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         return None
     if asked is not None and asked.lower() != "true":
         return asked
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    last = last_checkpoint(args.output_dir)
     if last is None and asked:
         raise ValueError(
-            f"resume_from_checkpoint: received {asked}, but output_dir {args.output_dir!r} has no checkpoint. Pass "
-            "the folder of one, or drop the flag to start anew."
+            f"resume_from_checkpoint: received {asked}, but output_dir {args.output_dir!r} has no whole checkpoint. "
+            "Pass the folder of one, or drop the flag to start anew."
         )
     if last is not None and not asked:
         _refuse_finished(args.output_dir, last)  # the Trainer would make one more step, and the results be its
@@ -235,8 +244,10 @@ def pack_and_reload(trainer: Trainer, folder: Path, auto_class: Any) -> None:
     The folder is there when it is whole, and not before: a full disk or a killed run leaves none, or the old one.
     """
     if trainer.is_world_process_zero():
+        # Of a model in shards, what has been saved of it is whole.
+        latent = auto_class.from_pretrained(folder.parent) if trainer.is_fsdp_enabled else trainer.model
         with whole_folder(folder) as draft:
-            pack(trainer.model).save_pretrained(draft)
+            pack(latent).save_pretrained(draft)
             trainer.processing_class.save_pretrained(draft)
     trainer.accelerator.wait_for_everyone()
     # The constructor of Trainer takes no model that can only be evaluated.

@@ -11,10 +11,10 @@ SST-2 from the Hub, W1A1 by StoMPP; every YAML key is a flag, and a flag overrid
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets import DatasetDict
 from transformers import (
@@ -74,25 +74,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     recipe, config, args = parse_recipe(argv, (RecipeArguments, BinarizationConfig, TrainingArguments))
     check(recipe, args)
     set_seed(args.seed)
-    with args.main_process_first(desc="data"):
-        task, data = load_data(recipe, args)
-        source = recipe.model_name_or_path or synthetic.save_tiny_bert(Path(args.output_dir) / "initial")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        max_length = min(recipe.max_seq_length, tokenizer.model_max_length)
-        data = tokenize(data, task, tokenizer, max_length)
-    if recipe.bucket_by_length:
-        data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
-        args.train_sampling_strategy = "sequential"
-    trainer = Trainer(
-        load_model(source, task, recipe, config),
-        args,
-        train_dataset=data["train"],
-        eval_dataset=evaluation_data(data, task),
-        processing_class=tokenizer,
-        compute_metrics=metrics_of(recipe, "glue", metric_config(recipe)),
-        callbacks=[StomppCallback()] if recipe.binarize else None,
-    )
-    if recipe.binarize:
+    prepared = prepare(recipe, args)
+    task, data, max_length = prepared.task, prepared.data, prepared.max_length
+    trainer = make_trainer(recipe, args, prepared, load_model(prepared.source, task, recipe, config))
+    if recipe.binarize and trainer.is_world_process_zero():
         print(summary(trainer.model))
     training = train(trainer, recipe.matmul_precision)
     # Grouping by length also reorders what is evaluated: from here on rows keep the order of the data set.
@@ -112,6 +97,52 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if recipe.task_name == "synthetic":
             print(synthetic.EXAMPLE, pipeline("text-classification", model=str(folder))(synthetic.EXAMPLE))
     return results
+
+
+class Prepared(NamedTuple):
+    """What a run trains on: a pretrained model's folder or Hub id, and tokenized data."""
+
+    source: str
+    task: Task
+    data: DatasetDict
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
+    """Load and tokenize the data, one process of a machine after the other."""
+    with args.main_process_first(desc="data"):
+        task, data = load_data(recipe, args)
+        source = recipe.model_name_or_path or str(Path(args.output_dir) / "initial")
+        if recipe.model_name_or_path is None and args.local_process_index == 0:  # others would write while it reads
+            synthetic.save_tiny_bert(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        max_length = min(recipe.max_seq_length, tokenizer.model_max_length)
+        data = tokenize(data, task, tokenizer, max_length)
+    if recipe.bucket_by_length:
+        data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
+        args.train_sampling_strategy = "sequential"
+    return Prepared(source, task, data, tokenizer, max_length)
+
+
+def make_trainer(
+    recipe: RecipeArguments,
+    args: TrainingArguments,
+    prepared: Prepared,
+    model: PreTrainedModel | None = None,
+    model_init: Callable[..., PreTrainedModel] | None = None,
+) -> Trainer:
+    """The Trainer of a model, or of those that `model_init` makes."""
+    return Trainer(
+        model,
+        args,
+        model_init=model_init,
+        train_dataset=prepared.data["train"],
+        eval_dataset=evaluation_data(prepared.data, prepared.task),
+        processing_class=prepared.tokenizer,
+        compute_metrics=metrics_of(recipe, "glue", metric_config(recipe)),
+        callbacks=[StomppCallback()] if recipe.binarize else None,
+    )
 
 
 def check(recipe: RecipeArguments, args: TrainingArguments) -> None:

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         compute_metrics=metrics_of(recipe, "accuracy"),
         callbacks=[StomppCallback()] if recipe.binarize else None,
     )
-    if recipe.binarize:
+    if recipe.binarize and trainer.is_world_process_zero():
         print(summary(trainer.model))
     training = train(trainer, recipe.matmul_precision)
     rows, folder = score(trainer, binarization, AutoModelForImageClassification)

@@ -18,20 +18,21 @@ from hf_stompp.kernels.threads import in_threads
 _SOFT, _HARD, _MIXED = 0, 1, 2
 _LARGE = 1 << 14
 """Entries below which a call is not worth its overhead, some ten microseconds."""
-_NO_MASK = np.zeros((1, 1), dtype=np.bool_)
+_NO_MASK, _NO_SHIFT = np.zeros((1, 1), dtype=np.bool_), np.zeros((1, 1), dtype=np.float32)
 
 
-def fits(x: Tensor, scale: Tensor, mask: Tensor | bool) -> bool:
-    """Whether the kernels cover these arguments: float32 on a CPU, one scale or one for each row, a mask of the shape
-    of `x`, of its last axis, or of the channels of images."""
+def fits(x: Tensor) -> bool:
+    """Whether the kernels take a tensor: of float32 on a CPU, in memory order, and not small."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if x.dtype != torch.float32 or scale.dtype != torch.float32 or x.numel() < _LARGE:
-        return False
-    if not x.is_contiguous() and not _channels_last(x):
-        return False
+    return x.dtype == torch.float32 and x.numel() >= _LARGE and (x.is_contiguous() or _channels_last(x))
+
+
+def fits_with(x: Tensor, scale: Tensor, mask: Tensor | bool) -> bool:
+    """Whether they cover what goes with it: one scale or one for each row, a mask of the shape of `x`, of its last
+    axis, or of the channels of images."""
     per_row = x.dim() == 2 and scale.shape == (x.shape[0], 1) and not scale.requires_grad
-    if scale.numel() != 1 and not per_row:
+    if scale.dtype != torch.float32 or (scale.numel() != 1 and not per_row):
         return False
     if isinstance(mask, bool):
         return True
@@ -40,11 +41,14 @@ def fits(x: Tensor, scale: Tensor, mask: Tensor | bool) -> bool:
     return mask.is_contiguous() and (of_channels or of_entries)
 
 
-def forward(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, unsigned: bool) -> Tensor:
+def forward(
+    x: Tensor, scale: Tensor, shift: Tensor | None, mask: Tensor | bool, clip: float | None, unsigned: bool
+) -> Tensor:
     """x̂, of the shape of `x`."""
     out = torch.empty_like(x)
-    arrays = *_arrays(x, scale, mask), _rows(out)
-    _on_rows(_forward, *arrays, clip=_clip(clip), mode=_mode(mask), unsigned=unsigned)
+    arrays = *_arrays(x, scale, shift, mask), _rows(out)
+    options = {"clip": _clip(clip), "mode": _mode(mask), "unsigned": unsigned, "shifted": shift is not None}
+    _on_rows(_forward, *arrays, **options)
     return out
 
 
@@ -52,6 +56,7 @@ def backward(
     grad: Tensor,
     x: Tensor,
     scale: Tensor,
+    shift: Tensor | None,
     mask: Tensor | bool,
     clip: float | None,
     unsigned: bool,
@@ -59,12 +64,20 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of `x` and of the scale, which is right if there is one, and to be left alone if one a row."""
     out = torch.empty_like(x)
-    rows, scales, masks = _arrays(x, scale, mask)
-    sums = np.empty(len(rows), dtype=np.float64)
+    arrays = _arrays(x, scale, shift, mask)
+    sums = np.empty(len(arrays[0]), dtype=np.float64)
     order = torch.channels_last if _channels_last(x) else torch.contiguous_format
-    arrays = _rows(grad.contiguous(memory_format=order)), rows, scales, masks, _rows(out), sums
-    _on_rows(_backward, *arrays, clip=_clip(clip), mode=_mode(mask), unsigned=unsigned, ste=ste)
+    options = {"clip": _clip(clip), "mode": _mode(mask), "unsigned": unsigned, "shifted": shift is not None}
+    grads = _rows(grad.contiguous(memory_format=order))
+    _on_rows(_backward, *arrays, grads, _rows(out), sums, **options, ste=ste)
     return out, torch.full_like(scale, sums.sum())
+
+
+def row_means(rows: Tensor) -> Tensor:
+    """mean |x| of each row of `[N, K]`."""
+    out = torch.empty(len(rows), dtype=torch.float32)
+    _on_rows(_row_means, rows.detach().numpy(), out.numpy())
+    return out
 
 
 def _on_rows(kernel: Callable[..., None], *arrays: np.ndarray, **options: Any) -> None:
@@ -88,18 +101,20 @@ def _rows(x: Tensor) -> np.ndarray:
     return x.view(-1, x.shape[-1] if x.dim() < 4 else x[0].numel()).numpy()
 
 
-def _arrays(x: Tensor, scale: Tensor, mask: Tensor | bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of `x`, scales, rows of the mask."""
-    rows = _rows(x)
-    if isinstance(mask, bool):
-        masks = _NO_MASK
-    elif mask.shape == x.shape:
-        masks = _rows(mask)
-    elif x.dim() < 4 or _channels_last(x):
-        masks = mask.view(1, -1).numpy()
-    else:
-        masks = mask.expand(x.shape[1:]).reshape(1, -1).numpy()
-    return rows, scale.detach().reshape(-1).numpy(), masks
+def _arrays(x: Tensor, scale: Tensor, shift: Tensor | None, mask: Tensor | bool) -> tuple[np.ndarray, ...]:
+    """Rows of `x`, scales, rows of shifts and of the mask."""
+    shifts = _NO_SHIFT if shift is None else _alongside(shift.detach(), x)
+    masks = _NO_MASK if isinstance(mask, bool) else _alongside(mask, x)
+    return _rows(x), scale.detach().reshape(-1).numpy(), shifts, masks
+
+
+def _alongside(values: Tensor, x: Tensor) -> np.ndarray:
+    """The rows that belong to those of `x`, or the one that belongs to all of them."""
+    if values.shape == x.shape:
+        return _rows(values)
+    if x.dim() == 4 and not _channels_last(x):
+        values = values.expand(x.shape[1:])
+    return values.reshape(1, -1).numpy()
 
 
 def _mode(mask: Tensor | bool) -> int:
@@ -123,36 +138,39 @@ def _levels(scale, clip, unsigned):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _forward(x, scales, masks, out, clip, mode, unsigned):  # type: ignore[no-untyped-def]
+def _forward(x, scales, shifts, masks, out, clip, mode, unsigned, shifted):  # type: ignore[no-untyped-def]
     rows, columns = x.shape
+    shift = shifts[0]
     for at in range(rows):
         threshold, lower, upper, low_end, high_end = _levels(scales[at * (len(scales) > 1)], clip, unsigned)
         mask = masks[at * (len(masks) > 1)]
         if mode == _HARD:
             for k in range(columns):
-                out[at, k] = upper if x[at, k] >= threshold else lower
+                value = x[at, k] - shift[k] if shifted else x[at, k]
+                out[at, k] = upper if value >= threshold else lower
         elif mode == _SOFT:
             for k in range(columns):
-                value = x[at, k]
+                value = x[at, k] - shift[k] if shifted else x[at, k]
                 out[at, k] = low_end if value < low_end else high_end if value > high_end else value
         else:
             for k in range(columns):
-                value = x[at, k]
+                value = x[at, k] - shift[k] if shifted else x[at, k]
                 soft = low_end if value < low_end else high_end if value > high_end else value
                 hard = upper if value >= threshold else lower
                 out[at, k] = hard if mask[k] else soft
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
-def _backward(grad, x, scales, masks, out, sums, clip, mode, unsigned, ste):  # type: ignore[no-untyped-def]
+def _backward(x, scales, shifts, masks, grad, out, sums, clip, mode, unsigned, shifted, ste):  # type: ignore
     rows, columns = x.shape
+    shift = shifts[0]
     for at in range(rows):
         threshold, lower, upper, low_end, high_end = _levels(scales[at * (len(scales) > 1)], clip, unsigned)
         mask = masks[at * (len(masks) > 1)]
         # Of gradient times value, where the value is a multiple of the scale; else it does not depend on the scale.
         total = np.float32(0)
         for k in range(columns):
-            value, g = x[at, k], grad[at, k]
+            value, g = x[at, k] - shift[k] if shifted else x[at, k], grad[at, k]
             frozen = mode == _HARD or (mode == _MIXED and mask[k])
             inside = value >= low_end and value <= high_end
             hard = upper if value >= threshold else lower
@@ -160,3 +178,13 @@ def _backward(grad, x, scales, masks, out, sums, clip, mode, unsigned, ste):  # 
             total += g * (hard if frozen else clipped)
             out[at, k] = g if inside and (ste or not frozen) else np.float32(0)
         sums[at] = total / upper
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+def _row_means(x, out):  # type: ignore[no-untyped-def]
+    rows, columns = x.shape
+    for at in range(rows):
+        total = np.float32(0)
+        for k in range(columns):
+            total += abs(x[at, k])
+        out[at] = total / np.float32(columns)

@@ -109,14 +109,11 @@ class BinaryLayer(LatentLayer):
         if self.activation_scale is None:
             return input
         # In the precision of the scale, as the packed layer compares: rounding must not decide on a bit.
-        centred = input.to(self.activation_scale.dtype)
-        if self.activation_shift is not None:
-            # Not `-`: its backward negates the whole gradient before it sums it.
-            centred = centred + self.per_feature(-self.activation_shift)
-        ste = self.config.surrogate == "ste"
+        x = input.to(self.activation_scale.dtype)
+        shift = None if self.activation_shift is None else self.per_feature(self.activation_shift)
         scale, mask = self.positive_scale(), self._mask(self.per_feature(self.activation_mask))
-        mixed = mix(centred, scale, mask, clip=self.config.clip, unsigned=self.unsigned, ste=ste)
-        return mixed.to(input.dtype)
+        clip, ste = self.config.clip, self.config.surrogate == "ste"
+        return mix(x, scale, mask, clip=clip, unsigned=self.unsigned, ste=ste, shift=shift).to(input.dtype)
 
     def positive_scale(self) -> Tensor:
         """γ, kept above zero whatever the optimizer did to it."""

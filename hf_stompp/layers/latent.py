@@ -4,12 +4,26 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.masks import draw_mask, refresh_position
 
 SAMPLED_SIGNS = 1 << 16
 """The flip ratio is measured on at most this many weights of a layer, evenly spaced: exact up to 64 Ki weights."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What of a parameter is in this process, to read or to write: all of it, unless FSDP has sharded it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def shard_as(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a tensor, which all processes have whole, that belongs to what they have of a parameter."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    sharded: DTensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return sharded.to_local()
 
 
 class LatentLayer(nn.Module):
@@ -107,19 +121,21 @@ class LatentLayer(nn.Module):
         if self.fraction == 1.0:
             self.weight.grad = None
         elif self.fraction > 0.0:
-            self._held = self.weight.detach().clone()
+            self._held = local(self.weight).clone()
 
     @torch.no_grad()
     def restore_frozen(self) -> None:
         """After the optimizer's step: gives the frozen weights of a partly frozen layer their value back."""
         held = self.__dict__.pop("_held", None)
         if held is not None:
-            torch.where(self.weight_mask, held, self.weight, out=self.weight.data)
+            weight = local(self.weight)
+            torch.where(shard_as(self.weight_mask, self.weight), held, weight, out=weight)
 
     def sampled_signs(self) -> Tensor:
-        """The signs of at most `SAMPLED_SIGNS` evenly spaced weights, to measure the flip ratio."""
-        stride = -(-self.weight.numel() // SAMPLED_SIGNS)
-        return self.weight.detach().flatten()[::stride] >= 0
+        """The signs of at most `SAMPLED_SIGNS` evenly spaced weights of this process, to measure the flip ratio."""
+        weight = local(self.weight)
+        stride = max(1, -(-weight.numel() // SAMPLED_SIGNS))
+        return weight.flatten()[::stride] >= 0
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_stompp import kernels
-from hf_stompp.functional import mix
+from hf_stompp.functional import mix, weight_scale
 
 pytest.importorskip("numba", reason="the extra `fast` is not installed: there are no kernels to test")
 
@@ -87,7 +87,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "mask", "clip", "unsigned", "ste"), CASES)
 def test_values_and_gradients(kind: str, mask: Any, clip: float | None, unsigned: bool, ste: bool) -> None:
     x, scale, mask, grad = operands(kind, mask)
-    assert mixing.fits(x, scale, mask)
+    assert mixing.fits(x) and mixing.fits_with(x, scale, mask)
     expected, grad_x, grad_scale = in_float64(x, scale, mask, grad, clip, unsigned, ste)
     x.requires_grad_()
     scale.requires_grad_(kind != "weight")
@@ -182,7 +182,8 @@ def test_the_same_sums_on_any_number_of_threads(kind: str) -> None:
 )
 def test_the_rest_is_left_to_torch(change: Any) -> None:
     x, scale, mask, _ = operands("weight", "drawn")
-    assert not mixing.fits(*change(x, scale, mask))
+    x, scale, mask = change(x, scale, mask)
+    assert not (mixing.fits(x) and mixing.fits_with(x, scale, mask))
 
 
 @pytest.mark.parametrize(
@@ -212,8 +213,9 @@ def test_the_rest_is_left_to_torch(change: Any) -> None:
 )
 def test_other_images_are_left_to_torch(kind: str, change: Any) -> None:
     x, scale, mask, _ = operands(kind, "drawn")
-    assert mixing.fits(x, scale, mask)
-    assert not mixing.fits(*change(x, scale, mask))
+    assert mixing.fits(x) and mixing.fits_with(x, scale, mask)
+    x, scale, mask = change(x, scale, mask)
+    assert not (mixing.fits(x) and mixing.fits_with(x, scale, mask))
 
 
 @pytest.mark.parametrize(("value", "result"), [("reference", "reference"), ("cpu", "cpu"), ("gpu", "ValueError")])
@@ -324,3 +326,49 @@ def test_what_is_compiled_of_other_files_is_forgotten(tmp_path: Path, monkeypatc
             os.utime(file, (1, 1))
         kernels._forget_stale()
         assert all((file.stat().st_mtime > 1) == forgotten for file in tmp_path.glob("*.py"))
+
+
+# --- the shift, and scales -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", [kind for kind in SHAPES if kind != "weight"])
+@pytest.mark.parametrize("mask", [True, False, "drawn"])
+@pytest.mark.parametrize(("clip", "ste"), [(1.5, True), (1.5, False), (None, True)])
+def test_a_shift_is_taken_off_first(kind: str, mask: Any, clip: float | None, ste: bool, backend: str) -> None:
+    x, scale, mask, grad = operands(kind, mask)
+    axis = 1 if "images" in kind else x.dim() - 1
+    shift = torch.randn(x.shape[axis], generator=torch.Generator().manual_seed(1)) / 3
+    shift = shift.view(-1, 1, 1) if axis == 1 else shift
+    results = []
+    with kernels.use(backend):
+        for inside in (True, False):
+            leaves = [tensor.clone().requires_grad_() for tensor in (x, scale, shift)]
+            value = leaves[0] if inside else leaves[0] - leaves[2]
+            y = mix(value, leaves[1], mask, clip=clip, ste=ste, shift=leaves[2] if inside else None)
+            y.backward(grad)
+            results.append((y, [leaf.grad for leaf in leaves]))
+    (ours, our_grads), (theirs, their_grads) = results
+    assert torch.equal(ours, theirs)
+    assert torch.equal(our_grads[0], their_grads[0])
+    assert torch.allclose(our_grads[1], their_grads[1], rtol=1e-4, atol=1e-3)
+    others = [a for a in range(x.dim()) if a != axis]
+    expected = -our_grads[0].double().sum(dim=others).view(shift.shape)
+    assert torch.allclose(our_grads[2].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_is_kept_of_what_is_shifted() -> None:
+    x, scale, _, _ = operands("inputs", True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        mix(x.requires_grad_(), scale, True, clip=1.0, ste=True, shift=torch.zeros(x.shape[-1]))
+    assert {tensor.data_ptr() for tensor in kept if tensor.numel() == x.numel()} == {x.data_ptr()}
+
+
+@pytest.mark.parametrize("shape", [(96, 200), (3, 70000), (70000, 1), (1, 20000)])
+def test_row_means(shape: tuple[int, int]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert mixing.fits(x)
+    expected = np.abs(x.double().numpy()).mean(axis=1)
+    np.testing.assert_allclose(mixing.row_means(x).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(weight_scale(x, "channel").flatten().numpy(), expected, rtol=1e-5)

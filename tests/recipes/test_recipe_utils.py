@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import TrainerState, TrainingArguments
 
 import run_image_classification
@@ -97,6 +99,7 @@ def save_checkpoint(folder: Path, step: int, max_steps: int) -> str:
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir()
     TrainerState(global_step=step, max_steps=max_steps).save_to_json(str(checkpoint / "trainer_state.json"))
+    save_file({"weight": torch.zeros(3)}, checkpoint / "model.safetensors")
     return str(checkpoint)
 
 
@@ -105,10 +108,12 @@ def test_checkpoint_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         return checkpoint_to_resume(TrainingArguments(str(tmp_path), resume_from_checkpoint=value))
 
     assert asked(None) is None
-    with pytest.raises(ValueError, match=r"resume_from_checkpoint: received True, but .* has no checkpoint"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: received True, but .* has no whole checkpoint"):
         asked("True")
     save_checkpoint(tmp_path, 2, max_steps=11)
     last = save_checkpoint(tmp_path, 10, max_steps=11)
+    save_checkpoint(tmp_path, 12, max_steps=11)
+    (tmp_path / "checkpoint-12" / "trainer_state.json").unlink()  # the run was killed while it was written
     assert asked(None) == last
     assert f"Resuming from {last}" in capsys.readouterr().out
     assert asked("true") == last

@@ -1,0 +1,74 @@
+"""`search_glue.py`: a study that is stopped and gone on with, and the recipe it ends with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+optuna = pytest.importorskip("optuna", reason="optuna is not installed")
+
+import run_glue  # noqa: E402
+import search_glue  # noqa: E402
+from hf_stompp.patching import is_packed  # noqa: E402
+
+RECIPE = str(Path(__file__).parents[2] / "recipes" / "configs" / "demo.yaml")
+SMALL = [
+    "--max_steps", "30", "--warmup_steps", "0", "--max_train_samples", "320", "--max_eval_samples", "40",
+    "--per_device_train_batch_size=32", "--use_cpu", "True", "--report_to", "none", "--disable_tqdm", "True",
+]  # fmt: skip
+
+
+def search(folder: Path, *flags: str) -> dict[str, Any]:
+    return search_glue.main([RECIPE, *SMALL, "--output_dir", str(folder), *flags])
+
+
+def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path) -> None:
+    folder, names = tmp_path / "study", ["learning_rate", "progression_end", "clip"]
+    first = search(folder, "--n_trials", "2", "--search", *names)
+    assert [trial["state"] for trial in first["trials"]] == ["COMPLETE"] * 2
+    # The first one has the values of the recipe.
+    assert first["trials"][0] | {"learning_rate": 2e-3, "progression_end": 0.5, "clip": 2.0} == first["trials"][0]
+
+    # A search that was killed leaves a trial that runs for ever; it is run again.
+    storage = f"sqlite:///{folder / 'study.db'}"
+    killed = optuna.load_study(storage=storage, study_name="synthetic").ask()
+    search_glue.Space(names, 2e-3, 0.3)(killed)
+    second = search(folder, "--n_trials", "3", "--search", *names)
+    states = [trial["state"] for trial in second["trials"]]
+    assert states[:3] == ["COMPLETE", "COMPLETE", "FAIL"] and states[3] in ("COMPLETE", "PRUNED") and len(states) == 4
+    assert second["trials"][:2] == first["trials"]
+    assert {name: second["trials"][3][name] for name in names} == killed.params
+    assert search(folder, "--n_trials", "3", "--search", *names) == second | {"command": second["command"]}
+
+    assert json.loads((folder / "trials.json").read_text()) == second
+    assert "</svg>" in (folder / "trials.svg").read_text()
+    best = second["best"]
+    assert best["score"] == max(trial["score"] for trial in second["trials"] if trial["state"] == "COMPLETE")
+    recipe = yaml.safe_load((folder / "best.yaml").read_text())
+    assert {name: recipe[name] for name in names} == {name: best[name] for name in names}
+    assert recipe["max_steps"] == 30 and recipe["report_to"] == "none" and "n_trials" not in recipe
+    rows = run_glue.main([str(folder / "best.yaml"), "--output_dir", str(tmp_path / "best")])["rows"]
+    # With the seed of the search it is the trial again.
+    assert rows[0]["accuracy"] == best["score"]
+    assert is_packed(run_glue.AutoModelForSequenceClassification.from_pretrained(tmp_path / "best" / "packed"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--search", "order"], r"search: received \['order'\]; allowed: any of learning_rate, progression_end"),
+        (["--n_trials", "0"], "n_trials: received 0; allowed: at least 1"),
+        (["--binarize", "False"], "without --binarize there is no schedule; pass --search learning_rate"),
+        (["--load_best_model_at_end", "True"], "load_best_model_at_end"),
+    ],
+)
+def test_what_cannot_be_searched(flags: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(tmp_path, *flags)
+
+
+def test_the_score_is_the_mean_of_the_metrics() -> None:
+    metrics = {"eval_loss": 9.0, "eval_f1": 0.5, "eval_accuracy": 0.75, "eval_runtime": 3.0, "epoch": 1.0}
+    assert search_glue.mean_score({**metrics, "eval_samples_per_second": 8.0}) == 0.625
