@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from hf_stompp.layers import BinaryConv2d, BinaryLayer
-from hf_stompp.layers.latent import local, shard_as
 from hf_stompp.patching import binary_layers
+from hf_stompp.sharding import is_sharded, local, shard_as
 from hf_stompp.tracing import norms_after
 
 
@@ -83,13 +82,13 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
             handle.remove()
 
 
-def _sharded(layer: nn.Module) -> dict[str, DTensor]:
+def _sharded(layer: nn.Module) -> dict[str, Tensor]:
     """The parameters of which FSDP gives the layer a whole copy in forward, and takes no changes of it back."""
-    return {name: each for name, each in layer.named_parameters(recurse=False) if isinstance(each, DTensor)}
+    return {name: each for name, each in layer.named_parameters(recurse=False) if is_sharded(each)}
 
 
 @contextmanager
-def _kept(layer: BinaryLayer, sharded: Mapping[str, DTensor]) -> Iterator[None]:
+def _kept(layer: BinaryLayer, sharded: Mapping[str, Tensor]) -> Iterator[None]:
     """What is added to copies of sharded parameters within is added to the shards."""
     changing = [name for name in sharded if name != "weight"]
     before = {name: layer.get_parameter(name).detach().clone() for name in changing}

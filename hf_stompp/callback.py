@@ -16,7 +16,8 @@ from hf_stompp.calibration import calibrate
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import BinaryLayer, LatentLayer
-from hf_stompp.patching import binary_layers, frozen_fraction
+from hf_stompp.patching import binary_layers, frozen_fraction, keep_masks_home
+from hf_stompp.sharding import agree, several_processes
 from hf_stompp.trainer_card import TrainerCard
 
 logger = logging.get_logger(__name__)
@@ -62,22 +63,30 @@ class StomppCallback(TrainerCallback, ExportableState):
         self._fractions: list[float] = []
         self._calibration: dict[str, Any] | None = None
         self._signs: dict[str, Tensor] = {}
+        self._processes = 1
 
     def state(self) -> dict[str, Any]:
         """What the Trainer keeps of it in a checkpoint: the config, to compare a resumed run's with."""
-        trained_with = {"trained_with": _comparable(self._config)} if self._layers else {}
-        return {"args": {}, "attributes": trained_with}
+        if not self._layers:
+            return {"args": {}, "attributes": {}}
+        return {"args": {}, "attributes": {"trained_with": _comparable(self._config), "processes": self._processes}}
 
     @property
     def _config(self) -> BinarizationConfig:
         return next(iter(self._layers.values())).config
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        keep_masks_home(kwargs["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        self._layers = binary_layers(model)
+        self._layers, self._processes = binary_layers(model), args.world_size
         check_schedule(model, state.max_steps)
+        _check_sharding(self._layers)
         self._check_deepspeed(args)
         self._check_start(state, frozen_fraction(model))
         _go_first(self)
@@ -93,7 +102,7 @@ class StomppCallback(TrainerCallback, ExportableState):
                         "examples would be lost to training, or its collator gives no mapping of keyword arguments. "
                         "Call hf_stompp.calibrate(model, batch) on a batch of your own before training."
                     )
-                calibrate(model, self._calibration)
+                self._calibrate(model)
             elif args.deepspeed_plugin is not None:
                 self._calibration = None  # its optimizer would undo it
             elif self._calibration is None:
@@ -127,7 +136,9 @@ class StomppCallback(TrainerCallback, ExportableState):
             self._check_config(state)
             expected = self._unit_fractions(state.global_step, state.max_steps)
             for name, layer in self._layers.items():
-                if abs(layer.fraction - expected[layer.unit]) > 1e-6:
+                # As it was saved, in the dtype of the buffer.
+                rounded = torch.tensor(expected[layer.unit], dtype=layer.frozen_fraction.dtype, device="cpu").item()
+                if abs(layer.fraction - rounded) > 1e-6:
                     raise ValueError(
                         f"{name} was saved with a frozen fraction of {layer.fraction:.4f}, but at step "
                         f"{state.global_step} of max_steps={state.max_steps} the schedule has "
@@ -146,7 +157,8 @@ class StomppCallback(TrainerCallback, ExportableState):
         before, now = saved.get("attributes", {}).get("trained_with"), _comparable(self._config)
         if before is None:  # of a checkpoint that has been made without the callback, or by an older one
             return
-        changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+        # A field of one of them alone is one of another version.
+        changed = {key: (before[key], value) for key, value in now.items() if before.get(key, value) != value}
         if changed:
             what = "; ".join(f"{key} was {old!r}, and is {new!r}" for key, (old, new) in changed.items())
             raise ValueError(
@@ -162,7 +174,16 @@ class StomppCallback(TrainerCallback, ExportableState):
         self._set_masks(state.global_step + 1, state.max_steps)
         starting = [unit for unit, fraction in enumerate(self._fractions) if before[unit] == 0 < fraction]
         if starting and state.global_step > 0 and self._calibration is not None:
-            calibrate(kwargs["model"], self._calibration, units=starting)
+            self._calibrate(kwargs["model"], starting)
+
+    def _calibrate(self, model: nn.Module, units: list[int] | None = None) -> None:
+        assert self._calibration is not None
+        calibrate(model, self._calibration, units)
+        if several_processes():  # whose processors may round otherwise; DDP sends parameters once, before this
+            for layer in self._layers.values():
+                agree(layer, ("activation_scale", "activation_shift", "bias"))
+            for module in model.modules():
+                agree(module, ("running_mean",))
 
     def _set_masks(self, step: int, max_steps: int) -> None:
         self._fractions = self._unit_fractions(step, max_steps)
@@ -206,9 +227,10 @@ class StomppCallback(TrainerCallback, ExportableState):
 
     def _position(self) -> str:
         """How far the binarization is, for messages."""
-        front = int(self._front()["front"])
-        if front == len(self._fractions):
+        unfinished = [unit for unit, fraction in enumerate(self._fractions) if fraction < 1]
+        if not unfinished:
             return "with all units frozen"
+        front = max(unfinished, key=lambda unit: self._fractions[unit])
         names = [name for name, layer in self._layers.items() if layer.unit == front]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return f"with unit {front} ({names[0]}{more}) at the front, frozen by {self._fractions[front]:.2f}"
@@ -293,9 +315,19 @@ def check_schedule(model: nn.Module, max_steps: int) -> None:
 
 
 def _comparable(config: BinarizationConfig) -> dict[str, Any]:
-    """The config as JSON gives it back, without what has been found in the model."""
-    content: dict[str, Any] = json.loads(json.dumps({k: v for k, v in dict(config).items() if k != "modules"}))
+    """The config as JSON gives it back, without what training does not depend on."""
+    apart = ("modules", "folded", "unknown", "format_version", "mode", "embedding_bits")
+    content: dict[str, Any] = json.loads(json.dumps({k: v for k, v in dict(config).items() if k not in apart}))
     return content
+
+
+def _check_sharding(layers: dict[str, LatentLayer]) -> None:
+    for name, layer in layers.items():
+        if layer.weight.dim() < 2 or layer.weight.numel() == 0:
+            raise ValueError(
+                f"{name} has a weight of shape {tuple(layer.weight.shape)}: it is sharded as by FSDP 1 or ZeRO stage "
+                "3, under which masks do not follow their weights; allowed: DDP, FSDP2 (fsdp_version: 2), ZeRO 2."
+            )
 
 
 def _calling_trainer() -> Any:
@@ -342,6 +374,7 @@ def _calibration_batch(dataloader: Any, args: TrainingArguments) -> dict[str, An
     size = min(size * args.world_size * args.gradient_accumulation_steps, CALIBRATION_EXAMPLES)
     examples = range(0, len(dataloader.dataset), max(1, len(dataloader.dataset) // size))[:size]
     with torch.random.fork_rng():  # a collator may draw, as the one of masked language modelling does
+        torch.manual_seed(args.seed)  # the same in every process, and in a resumed run
         batch = dataloader.collate_fn([dataloader.dataset[i] for i in examples])
     if not isinstance(batch, Mapping):
         return None

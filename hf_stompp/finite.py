@@ -1,13 +1,15 @@
 """`FiniteGuard`: a run whose loss or weights are no numbers any more ends, with its checkpoints as they were."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from hf_stompp.resuming import last_checkpoint
+from hf_stompp.resuming import TRAINER_STATE, last_checkpoint
+from hf_stompp.sharding import any_process, local
 
 
 class FiniteGuard:
@@ -42,22 +44,31 @@ class FiniteGuard:
         """
         result = self._compute_loss(model, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        # The Trainer waits for each loss itself, to leave NaN out of its logs.
-        if model.training and not torch.isfinite(loss.detach()).all():
+        # In all processes or in none, or the others would wait for this one's gradients.
+        if model.training and any_process(~torch.isfinite(loss.detach()).all()):
             raise FloatingPointError(f"The loss is {loss.detach().mean().item()} {self._position(1)}")
         return result
 
-    def save_model(self, *args: Any, **kwargs: Any) -> Any:
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """What the Trainer saves.
 
         Raises:
-            FloatingPointError: A weight is NaN or infinite, in training; nothing is written.
+            FloatingPointError: A parameter or buffer is NaN or infinite; nothing is written.
         """
-        if self._trainer.is_in_train:
-            for name, parameter in self._trainer.model.named_parameters():
-                if not _all_finite(parameter):
-                    raise FloatingPointError(f"{name} is no longer finite {self._position(0)}")
-        return self._save_model(*args, **kwargs)
+        bad = next((name for name, tensor in self._tensors() if not torch.isfinite(local(tensor)).all()), None)
+        training = self._trainer.is_in_train  # then all processes save
+        flag = torch.tensor(bad is not None, device=self._trainer.args.device)
+        if any_process(flag) if training else bad is not None:
+            raise FloatingPointError(f"{bad or 'A shard of another process'} is no longer finite {self._position(0)}")
+        if training and output_dir is not None and self._trainer.args.should_save:
+            # Of an earlier run in the same folder: with it, what is written now would seem whole from the start.
+            (Path(output_dir) / TRAINER_STATE).unlink(missing_ok=True)
+        return self._save_model(output_dir, *args, **kwargs)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        model = self._trainer.model
+        statistics = ((name, tensor) for name, tensor in model.named_buffers() if ".running_" in name)
+        return itertools.chain(model.named_parameters(), statistics)  # other buffers may hold -inf by right
 
     def _position(self, ahead: int) -> str:
         state, args = self._trainer.state, self._trainer.args
@@ -65,10 +76,6 @@ class FiniteGuard:
         return (
             f"at step {state.global_step + ahead} of {state.max_steps}, {self._where()}. "
             + (f"The last good checkpoint is {last}. " if last else "There is no checkpoint yet. ")
-            + "Lower the learning rate or max_grad_norm, or train in a wider dtype: in float16 a loss overflows early."
+            + "Lower the learning rate or max_grad_norm, or train in a wider dtype: in float16 a loss overflows "
+            "early. The mean over a batch without labels is NaN too."
         )
-
-
-def _all_finite(parameter: Tensor) -> bool:
-    local = parameter.detach()
-    return bool(torch.isfinite(local.to_local() if isinstance(local, DTensor) else local).all())

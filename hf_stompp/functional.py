@@ -115,7 +115,7 @@ def _kernel(x: Tensor, scale: Tensor, mask: Tensor | bool, clip: float | None, s
     if nothing_to_do or not _to_kernel(x):
         return None
     mixing = kernels.loaded("mixing")
-    return mixing if mixing.fits_with(x, scale, mask) else None
+    return mixing if mixing.fits_with(x, scale, shift, mask) else None
 
 
 class _Mix(torch.autograd.Function):
@@ -140,8 +140,8 @@ class _Mix(torch.autograd.Function):
         else:
             # In the memory order of x; a compiler can only write into a contiguous tensor.
             y = x.new_empty(x.shape) if torch.compiler.is_compiling() else torch.empty_like(x)
-            for part, out, part_scale, frozen in _blocks(x, y, scale, mask):
-                _mixed(_centred(part, shift), part_scale, frozen, clip, unsigned, out)
+            for part, out, part_scale, frozen, part_shift in _blocks(x, y, scale, mask, shift):
+                _mixed(_centred(part, part_shift), part_scale, frozen, clip, unsigned, out)
         values = y if ctx.needs_input_grad[1] and kernel is None else None
         ctx.save_for_backward(x, scale, shift, values, mask if isinstance(mask, Tensor) else None)
         ctx.kernel, ctx.all_frozen, ctx.clip, ctx.unsigned, ctx.ste = kernel, mask is True, clip, unsigned, ste
@@ -166,11 +166,12 @@ class _Mix(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         grad_x = x.new_empty(x.shape)
         grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
-        for part, out, grad_y, value, part_scale, frozen, sums in _blocks(x, grad_x, grad, y, scale, mask, grad_scale):
+        blocks = _blocks(x, grad_x, grad, y, scale, mask, grad_scale, shift)
+        for part, out, grad_y, value, part_scale, frozen, sums, part_shift in blocks:
             if ctx.all_frozen and not ctx.ste:
                 out.zero_()
             else:
-                _pass_inside(grad_y, _centred(part, shift), part_scale, ctx.clip, ctx.unsigned, out)
+                _pass_inside(grad_y, _centred(part, part_shift), part_scale, ctx.clip, ctx.unsigned, out)
             # y is γ times a constant where frozen or clipped, and does not depend on γ elsewhere.
             soft = out if frozen is None else out * (1 - frozen.view(torch.uint8).to(grad.dtype))
             if sums is not None:
@@ -215,7 +216,7 @@ def mix(
             returns `x` bit for bit.
         unsigned (`bool`, *optional*, defaults to `False`): Levels {0, γ} instead of {-γ, +γ}.
         ste (`bool`, *optional*, defaults to `False`): The straight-through estimator on frozen entries.
-        shift (`Tensor`, *optional*): β, broadcastable against `x` without its first axis.
+        shift (`Tensor`, *optional*): β, broadcastable against `x`.
 
     Example:
 

@@ -114,10 +114,16 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
     model.config.quantization_config = config
     # A file is to have the names that `modules` has, and that the Trainer looks for when it resumes.
     model._weight_conversions = []
-    # Masks are the same on every rank by construction: DDP need not send them.
-    masks = [f"{name}.{kind}_mask" for name, layer in binary_layers(model).items() for kind in layer.MASKS]
-    model._ddp_params_and_buffers_to_ignore = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *masks]
+    keep_masks_home(model)
     return model
+
+
+def keep_masks_home(model: nn.Module) -> None:
+    """Has DDP leave the masks out of what it sends: they are the same in every process by construction. DDP looks at
+    the model that it is given, which may be one around that of [`binarize`]."""
+    masks = [f"{name}.{kind}_mask" for name, layer in binary_layers(model).items() for kind in layer.MASKS]
+    ignored: Any = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    model._ddp_params_and_buffers_to_ignore = list(dict.fromkeys([*ignored, *masks]))  # type: ignore[assignment]
 
 
 def _check_runs_packed(model: PreTrainedModel, names: set[str]) -> None:

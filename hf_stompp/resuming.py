@@ -15,8 +15,10 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
-_WEIGHTS = ("model", "adapter_model", "pytorch_model")
-"""What names of weight files begin with, and folders of shards: of models, adapters, FSDP."""
+_WEIGHTS = (".safetensors", "pytorch_model.bin", "adapter_model.bin", ".distcp", "model_states.pt")
+"""What names of weight files end with: of models, adapters, FSDP, DeepSpeed."""
+_ARCHIVES = ("optimizer", "scheduler", "scaler", "rng_state", "pytorch_model", "adapter_model", "training_args")
+"""What names of the Trainer's archives begin with."""
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -24,9 +26,9 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
     The Trainer writes a checkpoint file by file into its final place, and takes the folder with the highest number for
     the last one, also if it is half written: `resume_from_checkpoint=True` then fails, or goes on without what is
-    missing. This takes a checkpoint only if it has weights, if every file in it ends where it says it does, and if
-    `trainer_state.json` is there, which is written after the others; others are named in a warning, and left alone:
-    the run writes them again when it comes there.
+    missing. This takes a checkpoint only if it has weights, what belongs to them and the random state of each process,
+    if every file ends where it says it does, and if `trainer_state.json` is there, which is written last; others are
+    named in a warning, and left alone: the run writes them again when it comes there.
 
     Args:
         output_dir (`str` or `Path`): `TrainingArguments.output_dir`. It need not exist.
@@ -54,41 +56,61 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 def _lack(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, or nothing."""
     try:
-        TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
-    except FileNotFoundError:
-        return f"it has no {TRAINER_STATE}, which is written last"
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        for path in sorted(checkpoint.rglob("*")):
+            if reason := _torn(path):
+                return f"{path.relative_to(checkpoint)} is cut off ({reason})"
+        return _absent(checkpoint, state)
+    except FileNotFoundError as error:
+        name = Path(error.filename).name
+        return f"it has no {name}, which is written last" if name == TRAINER_STATE else f"{name} has gone"
     except (ValueError, TypeError) as error:
         return f"its {TRAINER_STATE} is cut off ({error})"
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    for path in files:
-        if reason := _torn(path):
-            return f"{path.relative_to(checkpoint)} is cut off ({reason})"
-    names = [path.relative_to(checkpoint).parts[0] for path in files if path.suffix != ".json"]
-    if not any(name.startswith(_WEIGHTS) for name in names):
-        return "it has no weights"
-    return _absent_shard(checkpoint)
+    except OSError as error:
+        return f"it cannot be read ({error})"
 
 
 def _torn(path: Path) -> str:
-    """Why a file does not end where it says it does, or nothing; of files that do not say it, nothing."""
+    """Why a file does not end where it says it does, or nothing; of files that are not the Trainer's, nothing."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 pass
-        elif path.suffix in (".pt", ".pth", ".bin"):  # archives, whose contents are listed at their end
-            with zipfile.ZipFile(path):
+        elif path.suffix in (".pt", ".pth", ".bin") and path.name.startswith(_ARCHIVES):
+            with zipfile.ZipFile(path):  # what is in an archive is listed at its end
                 pass
-        elif path.suffix == ".json":
+        elif path.name == "config.json" or path.name.endswith(".index.json"):
             json.loads(path.read_text(encoding="utf-8"))
     except (SafetensorError, zipfile.BadZipFile, ValueError) as error:
         return str(error)
     return ""
 
 
-def _absent_shard(checkpoint: Path) -> str:
+def _absent(checkpoint: Path, state: TrainerState) -> str:
+    """Which file is not there, or nothing."""
+    names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    if not any(name.endswith(_WEIGHTS) for name in names):
+        return "it has no weights"
     for index in checkpoint.glob("*.index.json"):
         listed: dict[str, Any] = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-        for name in sorted(set(listed.values())):
-            if not (checkpoint / name).is_file():
-                return f"it has no {name}, which {index.name} lists"
-    return ""
+        for name in sorted(set(listed.values()) - names):
+            return f"it has no {name}, which {index.name} lists"
+    for folder in {name.rpartition("/")[0] for name in names if name.endswith(".distcp")}:
+        if f"{folder}/.metadata" not in names:
+            return f"{folder} has no .metadata"
+    if "scheduler.pt" not in names:  # it was made to have no more than the model
+        return ""
+    if not any(name.startswith(("optimizer", "global_step")) for name in names):
+        return "it has a scheduler.pt, and no optimizer.pt"
+    return _absent_rng(names, state)
+
+
+def _absent_rng(names: set[str], state: TrainerState) -> str:
+    """Each process writes its random state, and the others do not wait for it."""
+    saved: Any = state.stateful_callbacks.get("StomppCallback", {})
+    saved = saved[-1] if isinstance(saved, list) else saved
+    processes = saved.get("attributes", {}).get("processes")
+    if processes is None:  # the callback was not there
+        return "" if any(name.startswith("rng_state") for name in names) else "it has no rng_state.pth"
+    expected = [f"rng_state_{rank}.pth" for rank in range(processes)] if processes > 1 else ["rng_state.pth"]
+    return next((f"it has no {name}" for name in expected if name not in names), "")

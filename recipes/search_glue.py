@@ -56,14 +56,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         argv, (SearchArguments, RecipeArguments, BinarizationConfig, TrainingArguments)
     )
     check(recipe, args)
-    check_search(search, recipe)
+    check_search(search, recipe, args)
+    torch.set_float32_matmul_precision(recipe.matmul_precision)
     args.eval_strategy, args.eval_steps, args.save_strategy = "steps", 0.1, "no"
     set_seed(args.seed)
     prepared = prepare(recipe, args)
 
     def model_init(trial: Any = None) -> PreTrainedModel:
+        if trial is not None:
+            space(trial)  # the Trainer asks for it later; of a trial, it is the same each time
         changed = {} if trial is None else {k: v for k, v in trial.params.items() if k in SCHEDULE}
-        torch.manual_seed(args.seed)
         return load_model(prepared.source, prepared.task, recipe, dataclasses.replace(config, **changed))
 
     trainer = make_trainer(recipe, args, prepared, model_init=model_init)
@@ -72,9 +74,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     folder = Path(args.output_dir)
     storage = f"sqlite:///{folder / 'study.db'}"
     first = {**vars(config), "learning_rate": args.learning_rate}
-    with args.main_process_first(local=False, desc="study"):
-        folder.mkdir(parents=True, exist_ok=True)
-        done = take_up(storage, recipe.task_name, {name: first[name] for name in search.search}, args.process_index)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_with = {"search": search.search, "model": recipe.model_name_or_path}
+    done = take_up(storage, recipe.task_name, {name: first[name] for name in search.search}, made_with)
     if done < search.n_trials:
         trainer.hyperparameter_search(
             space,
@@ -89,10 +91,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=int(LAST_END * steps_of(trainer))),
             catch=(FloatingPointError,),  # a loss that is none is a bad trial
         )
-    return report(storage, recipe.task_name, folder, argv) if trainer.is_world_process_zero() else {}
+    return report(storage, recipe.task_name, folder, argv)
 
 
-def check_search(search: SearchArguments, recipe: RecipeArguments) -> None:
+def check_search(search: SearchArguments, recipe: RecipeArguments, args: TrainingArguments) -> None:
+    if args.world_size > 1:
+        raise ValueError(f"The search is for one process, and this is one of {args.world_size}: start it without any.")
     unknown = [name for name in search.search if name not in ("learning_rate", *SCHEDULE)]
     if unknown or not search.search:
         raise ValueError(
@@ -145,15 +149,22 @@ def mean_score(metrics: dict[str, float]) -> float:
     return sum(scores) / len(scores)
 
 
-def take_up(storage: str, name: str, first: dict[str, float], process: int) -> int:
+def take_up(storage: str, name: str, first: dict[str, float | None], made_with: dict[str, Any]) -> int:
     """Make the study, with a trial of the values that the recipe has, or go on with it; how many trials it has."""
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     running = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-    for trial in running if process == 0 else ():  # by a search that was killed
+    if study.trials and study.user_attrs != made_with:
+        raise ValueError(
+            f"{storage} holds a study of {study.user_attrs}, and this is one of {made_with}: pass another "
+            "--output_dir."
+        )
+    for key, value in made_with.items():
+        study.set_user_attr(key, value)
+    for trial in running:  # by a search that was killed
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)
-    if not study.trials:
-        study.enqueue_trial(first)
+    if not study.trials:  # optuna cannot take no clip, nor 0 on a scale of logarithms
+        study.enqueue_trial({name: value for name, value in first.items() if value})
     done = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     return len(study.get_trials(states=done))
 
@@ -168,7 +179,7 @@ def report(storage: str, name: str, folder: Path, argv: Sequence[str]) -> dict[s
     results["best"] = max(ended, key=lambda trial: trial["score"])
     write_json(folder / "trials.json", results)
     write_best(folder / "best.yaml", argv, study.best_params, folder)
-    draw(trials, folder / "trials.svg")
+    draw(trials, study.user_attrs["search"], folder / "trials.svg")
     print(format_table(sorted(ended, key=lambda trial: -trial["score"])[:10]))
     print(f"{len(trials)} trials, {len(ended)} to their end. The best as a recipe, on other seeds than the search's:")
     print(f"python recipes/run_glue.py {folder / 'best.yaml'} --seed 1 --output_dir {folder / 'best-1'}")
@@ -196,9 +207,8 @@ def write_best(path: Path, argv: Sequence[str], params: dict[str, float], folder
     path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
 
 
-def draw(trials: Sequence[dict[str, Any]], path: Path) -> None:
+def draw(trials: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:
     """The score of each trial over its number, and over each value that was searched."""
-    names = [name for name in trials[0] if name not in ("trial", "state", "score")]
     figure, all_axes = pyplot.subplots(1, 1 + len(names), figsize=(3 * (1 + len(names)), 3), sharey=True)
     for axes, name in zip(all_axes, ["trial", *names], strict=True):
         for state, marker in (("COMPLETE", "o"), ("PRUNED", "x")):

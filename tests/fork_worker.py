@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from typing import Any
 
@@ -32,14 +33,19 @@ def run(job: dict[str, Any], rank: int, port: int) -> int:
 
 
 def outcome(children: list[int]) -> list[int]:
-    """How each has ended; where one fails, the others would wait for it without end, and are killed."""
+    """How each has ended; where one fails, the others may wait for it without end, and are killed after a while."""
     ended: dict[int, int] = {}
+    last = None
     while len(ended) < len(children):
-        child, status = os.wait()
-        ended[child] = os.waitstatus_to_exitcode(status)
-        if ended[child] != 0:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            ended[child] = os.waitstatus_to_exitcode(status)
+            last = last or (time.monotonic() + 10 if ended[child] != 0 else None)
+        elif last is not None and time.monotonic() > last:
             for other in set(children) - ended.keys():
                 os.kill(other, signal.SIGKILL)
+        else:
+            time.sleep(0.01)
     return [ended[child] for child in children]
 
 

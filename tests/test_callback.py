@@ -336,3 +336,18 @@ def test_activation_checkpointing_gives_the_same_gradients(
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_masks_stay_at_home_in_a_model_around_the_model(make_model: MakeModel, make_trainer: MakeTrainer) -> None:
+    class Around(nn.Module):
+        def __init__(self, model: PreTrainedModel) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            return self.inner(input_ids=input_ids, labels=labels)
+
+    model = Around(make_model())
+    make_trainer(model)
+    masks = {name for name, _ in model.named_buffers() if name.endswith("_mask")}
+    assert len(masks) == 12 and masks <= set(model._ddp_params_and_buffers_to_ignore)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,9 +39,11 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pope
 @pytest.fixture
 def launch(worker: subprocess.Popen[str], tmp_path: Path) -> Launch:
     """Runs `training_jobs.CALL(**arguments)` in so many processes; what each of them returned. They end as expected:
-    with 0, or killed, then each gives `{}`."""
+    with 0, with an error, or killed, then each gives `{}`."""
 
-    def run(call: str, processes: int = 1, killed: bool = False, **arguments: Any) -> list[dict[str, Any]]:
+    def run(
+        call: str, processes: int = 1, killed: bool = False, failed: bool = False, **arguments: Any
+    ) -> list[dict[str, Any]]:
         out = tmp_path / "out"
         job = {"call": call, "arguments": arguments, "processes": processes, "out": str(out)}
         assert worker.stdin is not None and worker.stdout is not None
@@ -51,7 +54,7 @@ def launch(worker: subprocess.Popen[str], tmp_path: Path) -> Launch:
         results = [torch.load(file, weights_only=False) if file.exists() else {} for file in files]
         for file in files:
             file.unlink(missing_ok=True)
-        assert ended == [-signal.SIGKILL if killed else 0] * processes, results
+        assert ended == [-signal.SIGKILL if killed else int(failed)] * processes, results
         return results
 
     return run
@@ -164,3 +167,13 @@ def test_two_processes_that_are_killed_are_resumed_to_the_same_losses(launch: La
         assert len(ours["masks"]) == 8
         same(theirs["state"], ours["state"], rtol=0, atol=0)
     assert resumed[0]["history"] == whole[0]["history"]
+
+
+def test_a_loss_that_is_no_number_in_one_process_ends_both(launch: Launch, tmp_path: Path) -> None:
+    arguments = SAVING | {"per_device_train_batch_size": GLOBAL_BATCH // 2}
+    fault = "no number in the second process 6"
+    results = launch("train", 2, failed=True, output_dir=str(tmp_path / "run"), fault=fault, **arguments)
+    for result, loss in zip(results, (r"\d\.\d+", "nan"), strict=True):
+        assert re.search(
+            rf"The loss is {loss} at step 7 of 12, .* good checkpoint is .*checkpoint-4\.", result["error"]
+        )

@@ -175,6 +175,24 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4"]
 
 
+def test_weights_that_are_no_numbers_are_not_saved_at_the_end(
+    make_model: MakeModel, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer(make_model(), Spoils(15, "on_optimizer_step"))
+    trainer.train()
+    with pytest.raises(FloatingPointError, match=r"classifier\.bias is no longer finite at step 16 of 16"):
+        trainer.save_model()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("order", "unit"), [("forward", 1), ("reverse", 2)])
+def test_the_unit_at_the_front(order: str, unit: int, make_model: MakeModel, make_trainer: MakeTrainer) -> None:
+    # Of four units, each of which has four steps, the first is frozen and the second by 2 / 4 at step 6.
+    trainer = make_trainer(make_model(order=order, progression_end=1.0), Spoils(5, "on_step_begin"))
+    with pytest.raises(FloatingPointError, match=rf"step 6 of 16, with unit {unit} .* at the front, frozen by 0\.50"):
+        trainer.train()
+
+
 def test_an_evaluation_may_have_a_loss_that_is_none(make_model: MakeModel, make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(make_model(), callback=StomppCallback(), max_steps=8)
     trainer.train()

@@ -55,11 +55,67 @@ def test_a_file_that_is_cut_off_anywhere(run: Path, caplog: pytest.LogCaptureFix
         assert last_checkpoint(run) == str(last)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
 def test_an_absent_file(name: str, run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "checkpoint-16" / name).unlink()
+    (run / "checkpoint-16" / "model_card.md").write_text("no weights")
     assert last_checkpoint(run) == str(run / "checkpoint-8")
     assert ("no weights" if "model" in name else name) in caplog.text
+
+
+def test_other_files_may_be_as_they_are(run: Path) -> None:
+    (run / "checkpoint-16" / "notes.json").write_text('{"a": 1}\n{"a": 2}\n')
+    (run / "checkpoint-16" / "vocabulary.bin").write_bytes(b"no archive")
+    assert last_checkpoint(run) == str(run / "checkpoint-16")
+
+
+def test_the_random_state_of_each_process(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last = run / "checkpoint-16"
+    state = json.loads((last / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["StomppCallback"]["attributes"]["processes"] == 1
+    state["stateful_callbacks"]["StomppCallback"]["attributes"]["processes"] = 2
+    (last / "trainer_state.json").write_text(json.dumps(state))
+    (last / "rng_state.pth").rename(last / "rng_state_0.pth")
+    assert last_checkpoint(run) == str(run / "checkpoint-8")
+    assert "no rng_state_1.pth" in caplog.text
+    shutil.copy(last / "rng_state_0.pth", last / "rng_state_1.pth")
+    assert last_checkpoint(run) == str(last)
+
+
+def test_shards_without_their_list(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last = run / "checkpoint-16"
+    (last / "model.safetensors").unlink()
+    (last / "pytorch_model_fsdp_0").mkdir()
+    (last / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"")
+    assert last_checkpoint(run) == str(run / "checkpoint-8")
+    assert "pytorch_model_fsdp_0 has no .metadata" in caplog.text
+
+
+def test_a_run_that_is_begun_anew_in_the_same_folder(
+    run: Path, make_model: MakeModel, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(run / "checkpoint-16")
+
+    def killed(self: Trainer, folder: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(make_model(), save_strategy="steps", save_steps=8, seed=7).train()
+    # The weights are the new ones, and the rest is the old one's.
+    assert (run / "checkpoint-8" / "optimizer.pt").is_file()
+    assert last_checkpoint(run) is None
+
+
+def test_a_model_whose_buffers_are_bfloat16_is_resumed(
+    make_model: MakeModel, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    config = {"progression": "global", "progression_end": 1.0}
+    make_trainer(make_model(**config).bfloat16(), max_steps=12, save_strategy="steps", save_steps=4).train()
+    shutil.rmtree(tmp_path / "checkpoint-12")
+    trainer = make_trainer(make_model(**config).bfloat16(), max_steps=12)
+    trainer.train(resume_from_checkpoint=last_checkpoint(tmp_path))
+    assert trainer.state.global_step == 12
 
 
 def test_an_absent_shard(run: Path, make_model: MakeModel, caplog: pytest.LogCaptureFixture) -> None:

@@ -213,7 +213,17 @@ def _rotation(trainer: Trainer, step: int) -> None:
     transformers.trainer_utils.shutil.rmtree = remove_one
 
 
+class Spoils(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and os.environ["RANK"] == "1":
+            model.classifier.bias.data[0] = torch.nan
+
+
 FAULTS: dict[str, Any] = {
+    "no number in the second process": lambda trainer, step: trainer.add_callback(Spoils(step)),
     "in a step": lambda trainer, step: trainer.add_callback(DiesAt("on_pre_optimizer_step", step)),
     "in an evaluation": lambda trainer, step: trainer.add_callback(DiesAt("on_prediction_step", step)),
     "while weights are written": _weights,

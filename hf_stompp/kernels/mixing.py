@@ -28,17 +28,25 @@ def fits(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.numel() >= _LARGE and (x.is_contiguous() or _channels_last(x))
 
 
-def fits_with(x: Tensor, scale: Tensor, mask: Tensor | bool) -> bool:
-    """Whether they cover what goes with it: one scale or one for each row, a mask of the shape of `x`, of its last
-    axis, or of the channels of images."""
+def fits_with(x: Tensor, scale: Tensor, shift: Tensor | None, mask: Tensor | bool) -> bool:
+    """Whether they cover what goes with it: one scale or one for each row, a shift of its last axis or of the channels
+    of images, and such a mask, or one of the shape of `x`."""
     per_row = x.dim() == 2 and scale.shape == (x.shape[0], 1) and not scale.requires_grad
     if scale.dtype != torch.float32 or (scale.numel() != 1 and not per_row):
         return False
-    if isinstance(mask, bool):
-        return True
-    of_channels = x.dim() == 4 and mask.shape == (x.shape[1], 1, 1)
-    of_entries = mask.shape in (x.shape, x.shape[-1:]) and not _channels_last(x)
-    return mask.is_contiguous() and (of_channels or of_entries)
+    if shift is not None and (shift.dtype != torch.float32 or not _fits_alongside(x, shift)):
+        return False
+    return isinstance(mask, bool) or _fits_alongside(x, mask) or (mask.shape == x.shape and _plain(mask, x))
+
+
+def _fits_alongside(x: Tensor, values: Tensor) -> bool:
+    """Whether they are one for each entry of the last axis, or for each channel of images."""
+    of_channels = x.dim() == 4 and values.shape == (x.shape[1], 1, 1)
+    return of_channels or (values.shape == x.shape[-1:] and not _channels_last(x))
+
+
+def _plain(mask: Tensor, x: Tensor) -> bool:
+    return mask.is_contiguous() and not _channels_last(x)
 
 
 def forward(

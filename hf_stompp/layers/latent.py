@@ -4,26 +4,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.masks import draw_mask, refresh_position
+from hf_stompp.sharding import local, shard_as
 
 SAMPLED_SIGNS = 1 << 16
 """The flip ratio is measured on at most this many weights of a layer, evenly spaced: exact up to 64 Ki weights."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What of a parameter is in this process, to read or to write: all of it, unless FSDP has sharded it."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def shard_as(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a tensor, which all processes have whole, that belongs to what they have of a parameter."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    sharded: DTensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return sharded.to_local()
 
 
 class LatentLayer(nn.Module):

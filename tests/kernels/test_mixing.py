@@ -87,7 +87,7 @@ CASES = [
 @pytest.mark.parametrize(("kind", "mask", "clip", "unsigned", "ste"), CASES)
 def test_values_and_gradients(kind: str, mask: Any, clip: float | None, unsigned: bool, ste: bool) -> None:
     x, scale, mask, grad = operands(kind, mask)
-    assert mixing.fits(x) and mixing.fits_with(x, scale, mask)
+    assert mixing.fits(x) and mixing.fits_with(x, scale, None, mask)
     expected, grad_x, grad_scale = in_float64(x, scale, mask, grad, clip, unsigned, ste)
     x.requires_grad_()
     scale.requires_grad_(kind != "weight")
@@ -183,7 +183,7 @@ def test_the_same_sums_on_any_number_of_threads(kind: str) -> None:
 def test_the_rest_is_left_to_torch(change: Any) -> None:
     x, scale, mask, _ = operands("weight", "drawn")
     x, scale, mask = change(x, scale, mask)
-    assert not (mixing.fits(x) and mixing.fits_with(x, scale, mask))
+    assert not (mixing.fits(x) and mixing.fits_with(x, scale, None, mask))
 
 
 @pytest.mark.parametrize(
@@ -213,9 +213,9 @@ def test_the_rest_is_left_to_torch(change: Any) -> None:
 )
 def test_other_images_are_left_to_torch(kind: str, change: Any) -> None:
     x, scale, mask, _ = operands(kind, "drawn")
-    assert mixing.fits(x) and mixing.fits_with(x, scale, mask)
+    assert mixing.fits(x) and mixing.fits_with(x, scale, None, mask)
     x, scale, mask = change(x, scale, mask)
-    assert not (mixing.fits(x) and mixing.fits_with(x, scale, mask))
+    assert not (mixing.fits(x) and mixing.fits_with(x, scale, None, mask))
 
 
 @pytest.mark.parametrize(("value", "result"), [("reference", "reference"), ("cpu", "cpu"), ("gpu", "ValueError")])
@@ -372,3 +372,32 @@ def test_row_means(shape: tuple[int, int]) -> None:
     expected = np.abs(x.double().numpy()).mean(axis=1)
     np.testing.assert_allclose(mixing.row_means(x).numpy(), expected, rtol=1e-5)
     np.testing.assert_allclose(weight_scale(x, "channel").flatten().numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("shape", "shift_shape"),
+    [
+        ((8, 16, 150), ()),
+        ((8, 16, 150), (1,)),
+        ((8, 16, 150), (16, 1)),
+        ((8, 16, 150), (16, 150)),
+        ((64, 32, 40), (64, 1, 1)),  # an image without a batch
+        ((4, 6, 90, 90), (90,)),
+        ((4, 6, 90, 90), (1, 6, 1, 1)),
+        ((700, 120), (700, 1)),
+    ],
+)
+def test_a_shift_of_any_shape(shape: tuple[int, ...], shift_shape: tuple[int, ...], backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, shift = torch.randn(shape, generator=generator), torch.randn(shift_shape, generator=generator)
+    scale = torch.tensor([0.7])
+    with kernels.use(backend):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, shift)]
+        y = mix(leaves[0], scale, True, clip=1.5, ste=True, shift=leaves[1])
+        y.sum().backward()
+    np.testing.assert_array_equal(y.detach().numpy(), np.where(x.numpy() - shift.numpy() >= 0, 0.7, -0.7).astype("f4"))
+    inside = (np.abs(x.numpy() - shift.numpy()) <= np.float32(1.5) * np.float32(0.7)).astype(float)
+    np.testing.assert_allclose(leaves[0].grad.numpy(), inside)
+    assert leaves[1].grad.shape == shift.shape
+    np.testing.assert_allclose(leaves[1].grad.sum(), -inside.sum(), rtol=1e-5)

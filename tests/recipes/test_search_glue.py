@@ -11,6 +11,7 @@ optuna = pytest.importorskip("optuna", reason="optuna is not installed")
 
 import run_glue  # noqa: E402
 import search_glue  # noqa: E402
+from hf_stompp import StomppCallback  # noqa: E402
 from hf_stompp.patching import is_packed  # noqa: E402
 
 RECIPE = str(Path(__file__).parents[2] / "recipes" / "configs" / "demo.yaml")
@@ -24,10 +25,21 @@ def search(folder: Path, *flags: str) -> dict[str, Any]:
     return search_glue.main([RECIPE, *SMALL, "--output_dir", str(folder), *flags])
 
 
-def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path) -> None:
+def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[dict[str, float]] = []
+
+    class Recorder(StomppCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            config = kwargs["model"].config.quantization_config
+            ours = {name: getattr(config, name) for name in names[1:]}
+            trained.append({"learning_rate": args.learning_rate, **ours})
+
+    monkeypatch.setattr(run_glue, "StomppCallback", Recorder)
     folder, names = tmp_path / "study", ["learning_rate", "progression_end", "clip"]
     first = search(folder, "--n_trials", "2", "--search", *names)
     assert [trial["state"] for trial in first["trials"]] == ["COMPLETE"] * 2
+    # Each was trained with what it says.
+    assert trained == [{name: trial[name] for name in names} for trial in first["trials"]]
     # The first one has the values of the recipe.
     assert first["trials"][0] | {"learning_rate": 2e-3, "progression_end": 0.5, "clip": 2.0} == first["trials"][0]
 
@@ -40,6 +52,9 @@ def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path) -> None:
     assert states[:3] == ["COMPLETE", "COMPLETE", "FAIL"] and states[3] in ("COMPLETE", "PRUNED") and len(states) == 4
     assert second["trials"][:2] == first["trials"]
     assert {name: second["trials"][3][name] for name in names} == killed.params
+    assert trained[2] == killed.params
+    with pytest.raises(ValueError, match=r"holds a study of .*pass another --output_dir"):
+        search(folder, "--n_trials", "4", "--search", "clip")
     assert search(folder, "--n_trials", "3", "--search", *names) == second | {"command": second["command"]}
 
     assert json.loads((folder / "trials.json").read_text()) == second
@@ -49,9 +64,9 @@ def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path) -> None:
     recipe = yaml.safe_load((folder / "best.yaml").read_text())
     assert {name: recipe[name] for name in names} == {name: best[name] for name in names}
     assert recipe["max_steps"] == 30 and recipe["report_to"] == "none" and "n_trials" not in recipe
-    rows = run_glue.main([str(folder / "best.yaml"), "--output_dir", str(tmp_path / "best")])["rows"]
-    # With the seed of the search it is the trial again.
-    assert rows[0]["accuracy"] == best["score"]
+    results = run_glue.main([str(folder / "best.yaml"), "--output_dir", str(tmp_path / "best"), "--seed", "1"])
+    assert {name: results["binarization"].get(name) for name in names[1:]} == {name: best[name] for name in names[1:]}
+    assert results["learning_rate"] == best["learning_rate"] and results["seed"] == 1
     assert is_packed(run_glue.AutoModelForSequenceClassification.from_pretrained(tmp_path / "best" / "packed"))
 
 
