@@ -40,7 +40,7 @@ class StomppCallback(TrainerCallback, ExportableState):
 
     To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units are fully
     frozen), `front_fraction` (the fraction of the unit that is next to finish) and `flip_ratio` (the share of weight
-    signs that changed since the last log).
+    signs that changed since the last log; under FSDP, in the shards of the first process).
 
     The model card of `Trainer.push_to_hub` becomes that of [`model_card`], with the logged scores and settings.
 

@@ -14,6 +14,7 @@ import evaluate
 import numpy as np
 import torch
 import yaml
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerState, TrainingArguments
 
@@ -171,6 +172,7 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
     """Train, or go on training, with `--do_train`; save the model; return what of it belongs in `results.json`."""
     args = trainer.args
     checkpoint = checkpoint_to_resume(args) if args.do_train else None
+    check_shared(args, gather_object([checkpoint]))
     scale_losses(trainer)
     torch.set_float32_matmul_precision(matmul_precision)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics if args.do_train else {}
@@ -182,6 +184,16 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
         "train_seconds": metrics.get("train_runtime"),
         "resumed_from": checkpoint,
     }
+
+
+def check_shared(args: TrainingArguments, found: Sequence[str | None]) -> None:
+    """Refuses to go on where processes would go on from different checkpoints."""
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"output_dir: {args.output_dir!r} is not the same folder for all processes, which find the checkpoints "
+            f"{', '.join(sorted({str(checkpoint) for checkpoint in found}))}. Pass a folder that all share, or "
+            "--resume_from_checkpoint False."
+        )
 
 
 def scale_losses(trainer: Trainer) -> None:

@@ -13,7 +13,15 @@ from transformers import TrainerState, TrainingArguments
 import run_image_classification
 from hf_stompp import BinarizationConfig
 from hf_stompp.results import result_row
-from recipe_utils import bucket_by_length, checkpoint_to_resume, format_table, parse_recipe, read_mapping, write_json
+from recipe_utils import (
+    bucket_by_length,
+    check_shared,
+    checkpoint_to_resume,
+    format_table,
+    parse_recipe,
+    read_mapping,
+    write_json,
+)
 from run_glue import RecipeArguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
@@ -126,6 +134,16 @@ def test_a_finished_run_is_not_resumed_unasked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a run that was finished at step 11. To start anew: another --output"):
         checkpoint_to_resume(TrainingArguments(str(tmp_path)))
     assert checkpoint_to_resume(TrainingArguments(str(tmp_path), resume_from_checkpoint="True")) == last
+
+
+def test_processes_that_find_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path))
+    check_shared(args, [None, None])
+    check_shared(args, ["out/checkpoint-2"] * 2)
+    with pytest.raises(
+        ValueError, match=r"which find the checkpoints None, out/checkpoint-2\. Pass a folder that all share"
+    ):
+        check_shared(args, [None, "out/checkpoint-2"])
 
 
 def test_result_row_and_table(tmp_path: Path) -> None:
