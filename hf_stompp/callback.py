@@ -132,6 +132,11 @@ class StomppCallback(TrainerCallback, ExportableState):
 
     def _check_start(self, state: TrainerState, frozen: float) -> None:
         """A resumed run must find the fractions its schedule left; a new one says so if it thaws a frozen model."""
+        if state.global_step >= state.max_steps:
+            raise ValueError(
+                f"There is nothing left to train: the checkpoint is of step {state.global_step}, and max_steps is "
+                f"{state.max_steps}. Load the model from the checkpoint, or train on with a larger max_steps."
+            )
         if state.global_step > 0:
             self._check_config(state)
             expected = self._unit_fractions(state.global_step, state.max_steps)

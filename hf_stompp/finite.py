@@ -77,5 +77,6 @@ class FiniteGuard:
             f"at step {state.global_step + ahead} of {state.max_steps}, {self._where()}. "
             + (f"The last good checkpoint is {last}. " if last else "There is no checkpoint yet. ")
             + "Lower the learning rate or max_grad_norm, or train in a wider dtype: in float16 a loss overflows "
-            "early. The mean over a batch without labels is NaN too."
+            "early; and start anew, for a resumed run keeps its learning rate. The mean over a batch without labels "
+            "is NaN too."
         )

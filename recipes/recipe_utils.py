@@ -175,7 +175,11 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
     check_shared(args, gather_object([checkpoint]))
     scale_losses(trainer)
     torch.set_float32_matmul_precision(matmul_precision)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics if args.do_train else {}
+    metrics: dict[str, Any] = {}
+    if checkpoint is not None and is_finished(checkpoint, args):
+        take_up(trainer, checkpoint)
+    elif args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     torch.set_float32_matmul_precision("highest")  # the scores are those that any user gets
     trainer.save_model()
     return {
@@ -224,9 +228,30 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             "Pass the folder of one, or drop the flag to start anew."
         )
     if last is not None and not asked:
-        _refuse_finished(args.output_dir, last)  # the Trainer would make one more step, and the results be its
+        if (Path(args.output_dir) / "results.json").exists():
+            _refuse_finished(args.output_dir, last)
         print(f"Resuming from {last}. To start anew: --resume_from_checkpoint False, or another --output_dir.")
     return last
+
+
+def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
+    """Whether these arguments leave nothing to train."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if args.max_steps <= 0:
+        return (state.epoch or 0.0) >= args.num_train_epochs
+    if state.global_step > args.max_steps:
+        raise ValueError(
+            f"max_steps: received {args.max_steps}, but {checkpoint} is of step {state.global_step} already. Pass a "
+            "larger one, or --resume_from_checkpoint False to start anew."
+        )
+    return state.global_step == args.max_steps
+
+
+def take_up(trainer: Trainer, checkpoint: str) -> None:
+    """Put the last checkpoint of a run, that was killed before its results were written, in the place of training:
+    the Trainer would make one more step."""
+    trainer.model = trainer.model_wrapped = type(trainer.model).from_pretrained(checkpoint).to(trainer.args.device)
+    trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def _refuse_finished(output_dir: str, checkpoint: str) -> None:
@@ -235,7 +260,7 @@ def _refuse_finished(output_dir: str, checkpoint: str) -> None:
         raise ValueError(
             f"output_dir: {output_dir!r} holds a run that was finished at step {state.global_step}. To start anew: "
             "another --output_dir, or --resume_from_checkpoint False. To train on: --resume_from_checkpoint True "
-            f"and a larger --max_steps. To score it again: --model_name_or_path {output_dir} without --do_train."
+            f"and a larger --max_steps. To score it again: --model_name_or_path {output_dir} --do_train False."
         )
 
 

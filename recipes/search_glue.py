@@ -42,7 +42,9 @@ SCHEDULE = ("progression_end", "overlap", "refresh", "clip")
 class SearchArguments:
     """The flags of the search alone."""
 
-    n_trials: int = field(default=20, metadata={"help": "Trials of the whole study, those of earlier calls included."})
+    n_trials: int = field(
+        default=20, metadata={"help": "Trials of the whole study: those of earlier calls count, killed ones do not."}
+    )
     search: list[str] = field(
         default_factory=lambda: ["learning_rate", *SCHEDULE],
         metadata={"help": f"What is searched; any of learning_rate, {', '.join(SCHEDULE)}."},
@@ -75,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     storage = f"sqlite:///{folder / 'study.db'}"
     first = {**vars(config), "learning_rate": args.learning_rate}
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = {"search": search.search, "model": recipe.model_name_or_path}
+    fixed = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+    made_with = {"search": search.search, "model": recipe.model_name_or_path, "rows": recipe.max_train_samples}
+    made_with |= {name: getattr(args, name) for name in fixed}
     done = take_up(storage, recipe.task_name, {name: first[name] for name in search.search}, made_with)
     if done < search.n_trials:
         trainer.hyperparameter_search(

@@ -351,3 +351,12 @@ def test_masks_stay_at_home_in_a_model_around_the_model(make_model: MakeModel, m
     make_trainer(model)
     masks = {name for name, _ in model.named_buffers() if name.endswith("_mask")}
     assert len(masks) == 12 and masks <= set(model._ddp_params_and_buffers_to_ignore)
+
+
+@pytest.mark.parametrize("max_steps", [16, 12])
+def test_a_finished_run_is_not_trained_on(
+    max_steps: int, make_model: MakeModel, make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    make_trainer(make_model(), save_strategy="steps", save_steps=16).train()
+    with pytest.raises(ValueError, match=f"nothing left to train: .* of step 16, and max_steps is {max_steps}"):
+        make_trainer(make_model(), max_steps=max_steps).train(resume_from_checkpoint=str(tmp_path / "checkpoint-16"))

@@ -18,6 +18,7 @@ from recipe_utils import (
     check_shared,
     checkpoint_to_resume,
     format_table,
+    is_finished,
     parse_recipe,
     read_mapping,
     write_json,
@@ -131,9 +132,21 @@ def test_checkpoint_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_finished_run_is_not_resumed_unasked(tmp_path: Path) -> None:
     last = save_checkpoint(tmp_path, 11, max_steps=11)
+    # It was killed before its results were written.
+    assert checkpoint_to_resume(TrainingArguments(str(tmp_path))) == last
+    (tmp_path / "results.json").write_text("{}")
     with pytest.raises(ValueError, match=r"holds a run that was finished at step 11. To start anew: another --output"):
         checkpoint_to_resume(TrainingArguments(str(tmp_path)))
     assert checkpoint_to_resume(TrainingArguments(str(tmp_path), resume_from_checkpoint="True")) == last
+
+
+def test_what_is_left_to_train(tmp_path: Path) -> None:
+    last = save_checkpoint(tmp_path, 11, max_steps=11)
+    assert is_finished(last, TrainingArguments(str(tmp_path), max_steps=11))
+    assert not is_finished(last, TrainingArguments(str(tmp_path), max_steps=12))
+    assert not is_finished(last, TrainingArguments(str(tmp_path), num_train_epochs=1))
+    with pytest.raises(ValueError, match=r"max_steps: received 10, but .*checkpoint-11 is of step 11 already"):
+        is_finished(last, TrainingArguments(str(tmp_path), max_steps=10))
 
 
 def test_processes_that_find_different_checkpoints_are_refused(tmp_path: Path) -> None:

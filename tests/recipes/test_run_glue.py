@@ -108,14 +108,18 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
 ) -> None:
     flags = (*BINARY, "--save_strategy", "steps", "--save_steps", "2")
     whole = run("sst2", sst2_folder, *flags, output="whole")
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
-    resumed = run("sst2", sst2_folder, *flags, output="cut")
-    assert (whole["resumed_from"], resumed["resumed_from"]) == (None, str(tmp_path / "cut" / "checkpoint-2"))
-    assert resumed["steps"] == 4
-    for name in ("model.safetensors", "packed/model.safetensors"):
-        first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
+    # In the middle; and after the last checkpoint, before anything else was written.
+    for step in (2, 4):
+        last = tmp_path / f"cut{step}" / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole" / last.name, last)
+        resumed = run("sst2", sst2_folder, *flags, output=last.parent.name)
+        assert (whole["resumed_from"], resumed["resumed_from"]) == (None, str(last))
+        assert resumed["steps"] == 4
+        assert [row["accuracy"] for row in resumed["rows"]] == [row["accuracy"] for row in whole["rows"]]
+        for name in ("model.safetensors", "packed/model.safetensors"):
+            first, second = load_file(tmp_path / "whole" / name), load_file(last.parent / name)
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_synthetic_demo_ends_with_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
