@@ -70,13 +70,24 @@ def load_complete(folder: str | os.PathLike[str], *, latent: bool = False) -> Pr
 
 
 def model_class(architectures: list[str] | None, what: str) -> Any:
-    """The class of transformers that the config `what` names, head and all."""
+    """The class that the config `what` names, head and all: one of transformers, or of the running program's own."""
     name = (architectures or ["no class"])[0]
-    found = getattr(transformers, name, None)
+    found = getattr(transformers, name, None) or _own_class(name, PreTrainedModel)
     # Not an Auto class either, which might ask for code of the checkpoint's own.
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise ValueError(f"{what} names {name} in `architectures`; allowed: a model class of transformers.")
+        raise ValueError(
+            f"{what} names {name} in `architectures`; allowed: a model class of transformers, or one "
+            "that has been imported."
+        )
     return found
+
+
+def _own_class(name: str, base: type) -> type | None:
+    """The class of this name among those that derive from `base` and have been defined already: nothing is imported."""
+    for each in base.__subclasses__():
+        if found := each if each.__name__ == name else _own_class(name, each):
+            return found
+    return None
 
 
 def check_kind(quantization: Any, what: str, *, latent: bool) -> None:

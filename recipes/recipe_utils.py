@@ -182,6 +182,7 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     torch.set_float32_matmul_precision("highest")  # the scores are those that any user gets
     trainer.save_model()
+    trainer.save_state()  # with its log, which `hf-stompp plot` draws
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,

@@ -1,0 +1,1 @@
+"""Studies of the claims of the sources: see docs/reproduction.md."""

@@ -1,0 +1,142 @@
+"""`Study`: what a YAML file says of the runs to make, and what they are compared by."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = Path(__file__).parent / "studies"
+_KEYS = {"about", "recipe", "config", "flags", "axes", "grids", "seeds", "table", "plot", "needed"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command: a recipe, its flags, and where it stands in the grid.
+
+    Attributes:
+        study (`str`): Name of the study.
+        recipe (`str`): Name of the script in recipes/.
+        config (`str`, *optional*): The recipe's YAML file, in recipes/configs.
+        flags (`dict`): What goes over the file; the seed is among them.
+        labels (`dict`): Axis → place on it.
+    """
+
+    study: str
+    recipe: str
+    config: str | None
+    flags: dict[str, Any]
+    labels: dict[str, str] = field(hash=False)
+
+    @property
+    def key(self) -> str:
+        """Of all that decides on the outcome: a run with other settings is another run.
+
+        Labels do not, so that a row may be renamed.
+        """
+        settings = [self.recipe, _content(self.config), self.flags]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def argv(self) -> list[str]:
+        """The command line after the script's name, without its `--output_dir`."""
+        words = [] if self.config is None else [f"recipes/configs/{self.config}.yaml"]
+        for name, value in self.flags.items():
+            words += _flag(name, value)
+        return words
+
+
+def _content(config: str | None) -> Any:
+    path = ROOT / "recipes" / "configs" / f"{config}.yaml"
+    return None if config is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs of a YAML file.
+
+    ```yaml
+    about: One sentence.
+    recipe: run_image_classification
+    config: digits                      # of recipes/configs
+    flags: {max_steps: 600}             # of all runs
+    axes:                               # axis → place → flags; the grid is their product
+      depth: {4: {…}, 8: {…}}
+      method: {STE: {progression: none}, StoMPP: {}}
+    seeds: [0, 1, 2]
+    grids: [{}, {depth: [4], seeds: [3]}]   # optional: several grids, each of some places of the axes
+    table: [method, depth]              # rows, columns
+    plot: {x: depth, lines: method}     # optional: a picture; `panels` for one beside the other
+    needed: {x: steps, of: 0.9}         # optional: the x at which the score is reached
+    ```
+
+    Attributes:
+        name, about (`str`): Of the study.
+        runs (`tuple[Run, ...]`): All of them, those of the first seed first.
+        axes (`tuple[str, ...]`): Names of the axes.
+        table, plot, needed: As in the file.
+    """
+
+    name: str
+    about: str
+    runs: tuple[Run, ...]
+    axes: tuple[str, ...]
+    table: list[str]
+    plot: dict[str, Any] | None
+    needed: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, name: str) -> "Study":
+        """Reads `studies/NAME.yaml`, or the file `name`.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: A key, or a place of an axis, is unknown.
+        """
+        path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(each.stem for each in STUDIES.glob("*.yaml")))
+            raise FileNotFoundError(f"study: received {name!r}; allowed: {known}, or the path of a YAML file.")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        unknown = sorted(set(content) - _KEYS)
+        if unknown:
+            raise ValueError(f"{path}: received the key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}.")
+        axes = {
+            axis: {str(place): flags or {} for place, flags in each.items()} for axis, each in content["axes"].items()
+        }
+        runs = {}
+        for grid in content.get("grids", [{}]):
+            for run in _runs(path.stem, content, axes, dict(grid)):
+                runs.setdefault(run.key, run)  # grids may overlap
+        ordered = sorted(runs.values(), key=lambda run: run.flags["seed"])
+        optional = {key: content.get(key) for key in ("plot", "needed")}
+        return cls(path.stem, content["about"], tuple(ordered), tuple(axes), content["table"], **optional)
+
+
+def _runs(name: str, content: dict[str, Any], axes: dict[str, dict[str, Any]], grid: dict[str, Any]) -> list[Run]:
+    seeds = grid.pop("seeds", content.get("seeds", [0]))
+    chosen = {axis: [str(place) for place in grid.pop(axis, places)] for axis, places in axes.items()}
+    if grid:
+        raise ValueError(f"study {name}: a grid has the axis {next(iter(grid))!r}; allowed: {', '.join(axes)}, seeds.")
+    runs = []
+    for places in product(*chosen.values(), seeds):
+        labels, seed = dict(zip(chosen, places, strict=False)), places[-1]
+        flags = dict(content.get("flags", {}))
+        for axis, place in labels.items():
+            if place not in axes[axis]:
+                raise ValueError(
+                    f"study {name}: the axis {axis!r} has no {place!r}; allowed: {', '.join(axes[axis])}."
+                )
+            flags.update(axes[axis][place])
+        runs.append(Run(name, content["recipe"], content.get("config"), {**flags, "seed": seed}, labels))
+    return runs
