@@ -1,5 +1,7 @@
 """`StomppCallback`: drives the masks of a binarized model from the Trainer's step, and logs what they do."""
 
+import dataclasses
+import importlib.util
 import inspect
 import json
 from collections.abc import Mapping
@@ -17,7 +19,9 @@ from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import BinaryLayer, LatentLayer
 from hf_stompp.patching import binary_layers, frozen_fraction, keep_masks_home
-from hf_stompp.sharding import agree, several_processes
+from hf_stompp.probes import UnitGradients
+from hf_stompp.report import TrainingLog, plot
+from hf_stompp.sharding import agree, is_sharded, several_processes
 from hf_stompp.trainer_card import TrainerCard
 
 logger = logging.get_logger(__name__)
@@ -64,17 +68,27 @@ class StomppCallback(TrainerCallback, ExportableState):
         self._calibration: Calibration | None = None
         self._examples: dict[str, Any] | None = None
         self._signs: dict[str, Tensor] = {}
+        self._gradients: UnitGradients | None = None
         self._processes = 1
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer keeps of it in a checkpoint: the config, to compare a resumed run's with."""
+        """What the Trainer keeps of it in a checkpoint: the config, to compare a resumed run's with, and the names of
+        the layers of each unit, for pictures."""
         if not self._layers:
             return {"args": {}, "attributes": {}}
-        return {"args": {}, "attributes": {"trained_with": _comparable(self._config), "processes": self._processes}}
+        units: list[list[str]] = [[] for _ in range(self._units)]
+        for name, layer in self._layers.items():
+            units[layer.unit].append(name)
+        attributes = {"trained_with": _comparable(self._config), "processes": self._processes, "units": units}
+        return {"args": {}, "attributes": attributes}
 
     @property
     def _config(self) -> BinarizationConfig:
         return next(iter(self._layers.values())).config
+
+    @property
+    def _units(self) -> int:
+        return 1 + max(layer.unit for layer in self._layers.values())
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,6 +126,12 @@ class StomppCallback(TrainerCallback, ExportableState):
                     "not calibrated again when their windows begin, and keep the scales they have been given."
                 )
         self._signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
+        # Hooks would break a compiled graph; FSDP has its own around the layers.
+        watched = not (args.torch_compile or any(is_sharded(layer.weight) for layer in self._layers.values()))
+        self._gradients = UnitGradients(self._layers) if watched else None
+        state.stateful_callbacks[type(self).__name__] = (
+            self.state()
+        )  # in `trainer_state.json` also without checkpoints
 
     def _all_calibrated(self) -> bool:
         return all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLayer))
@@ -181,6 +201,8 @@ class StomppCallback(TrainerCallback, ExportableState):
         starting = [unit for unit, fraction in enumerate(self._fractions) if before[unit] == 0 < fraction]
         if starting and state.global_step > 0 and self._examples is not None:
             self._calibrate(kwargs["model"], starting)
+        if self._gradients is not None and _is_logged(args, state, state.global_step + 1):
+            self._gradients.start()
 
     def _calibrate(self, model: nn.Module, units: list[int] | None = None) -> None:
         assert self._examples is not None
@@ -198,12 +220,13 @@ class StomppCallback(TrainerCallback, ExportableState):
             layer.set_frozen(self._fractions[layer.unit], step)
 
     def _unit_fractions(self, step: int, max_steps: int) -> list[float]:
-        units = 1 + max(layer.unit for layer in self._layers.values())
-        return list(self._config.unit_fractions(step, max_steps, units))
+        return list(self._config.unit_fractions(step, max_steps, self._units))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self._gradients is not None:
+            self._gradients.stop()
         for layer in self._layers.values():
             layer.hold_frozen()
 
@@ -223,14 +246,18 @@ class StomppCallback(TrainerCallback, ExportableState):
     ) -> None:
         if not logs or "loss" not in logs:
             return
+        flips = self._flips()
+        sizes = {name: layer.weight.numel() for name, layer in self._layers.items()}
         metrics = {
             "frozen_fraction": frozen_fraction(kwargs["model"]),
             **self._front(),
-            "flip_ratio": self._flip_ratio(),
+            "flip_ratio": _mean(flips, sizes),
         }
         logs.update(metrics)
-        # The Trainer has written its copy already.
-        state.log_history[-1].update(metrics)
+        # The Trainer has written its copy already. Lists are for `hf_stompp.report.plot`: reporters want numbers.
+        state.log_history[-1].update(metrics, unit_flips=self._of_units(flips, sizes))
+        if self._gradients is not None:
+            state.log_history[-1]["unit_gradients"] = self._gradients.norms()
 
     def _position(self) -> str:
         """How far the binarization is, for messages."""
@@ -250,15 +277,21 @@ class StomppCallback(TrainerCallback, ExportableState):
             "front_fraction": max(unfinished, default=1.0),
         }
 
-    def _flip_ratio(self) -> float:
+    def _flips(self) -> dict[str, float]:
+        """The share of the signs of each layer that changed since the last log."""
         signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
-        # Summed where the weights are, and read once.
-        flips = sum(
-            (signs[name] != self._signs[name]).float().sum() / max(1, signs[name].numel()) * layer.weight.numel()
-            for name, layer in self._layers.items()
+        # Counted where the weights are, and read once.
+        shares = torch.stack(
+            [(now != self._signs[name]).float().sum() / max(1, now.numel()) for name, now in signs.items()]
         )
         self._signs = signs
-        return float(flips) / sum(layer.weight.numel() for layer in self._layers.values())
+        return dict(zip(signs, shares.tolist(), strict=True))
+
+    def _of_units(self, flips: dict[str, float], sizes: dict[str, int]) -> list[float]:
+        members: list[dict[str, float]] = [{} for _ in range(self._units)]
+        for name, layer in self._layers.items():
+            members[layer.unit][name] = flips[name]
+        return [float(f"{_mean(each, sizes):.4g}") for each in members]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,6 +303,7 @@ class StomppCallback(TrainerCallback, ExportableState):
                 f"{fraction:.3f}: the model is not binary and pack() will refuse it. Resume the run if it was stopped "
                 "early; if load_best_model_at_end chose a checkpoint from before the end, take the last one."
             )
+        _show_in_tensorboard(state)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -281,6 +315,29 @@ class StomppCallback(TrainerCallback, ExportableState):
         card = TrainerCard.install(trainer)
         if trainer.is_in_train:
             card.write_early()
+
+
+def _mean(flips: dict[str, float], sizes: dict[str, int]) -> float:
+    """Over all weights of the layers."""
+    return sum(share * sizes[name] for name, share in flips.items()) / sum(sizes[name] for name in flips)
+
+
+def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
+    """Whether the Trainer logs after this step, or may: it does not say so before the end of an epoch."""
+    if args.logging_strategy == "steps":
+        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+    return args.logging_strategy == "epoch"
+
+
+def _show_in_tensorboard(state: TrainerState) -> None:
+    """The picture of the whole run as an image, if TensorBoard is reported to and matplotlib is there."""
+    handler = _caller(CallbackHandler)
+    writers = [getattr(callback, "tb_writer", None) for callback in (handler.callbacks if handler else ())]
+    writer = next((each for each in writers if each is not None), None)
+    if writer is None or importlib.util.find_spec("matplotlib") is None:
+        return
+    log = TrainingLog.of(dataclasses.asdict(state))
+    writer.add_figure("stompp/dynamics", plot(log), global_step=state.global_step)
 
 
 def check_schedule(model: nn.Module, max_steps: int) -> None:

@@ -83,9 +83,11 @@ def model_class(architectures: list[str] | None, what: str) -> Any:
 
 
 def _own_class(name: str, base: type) -> type | None:
-    """The class of this name among those that derive from `base` and have been defined already: nothing is imported."""
-    for each in base.__subclasses__():
-        if found := each if each.__name__ == name else _own_class(name, each):
+    """The class of this name among those that derive from `base` and are defined already: nothing is imported."""
+    derived: type
+    for derived in base.__subclasses__():
+        found = derived if derived.__name__ == name else _own_class(name, derived)
+        if found is not None:
             return found
     return None
 

@@ -20,7 +20,7 @@ from hf_stompp.checkpoint import load_complete, model_class, weight_bytes, whole
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
 from hf_stompp.hub import push
 from hf_stompp.patching import pack
-from hf_stompp.report import summary
+from hf_stompp.report import plot, summary
 from hf_stompp.verification import verify
 
 _PROGRAM = "hf-stompp"
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_push(commands)
     _add_card(commands)
     _add_verify(commands)
+    _add_plot(commands)
     return parser
 
 
@@ -233,6 +234,21 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps({"ok": done.ok, **dataclasses.asdict(done)}, indent=2) if arguments.json else done)
     return 0 if done.ok else 1
+
+
+def _add_plot(commands: Any) -> None:
+    text = "Draw the dynamics of a training: the front, losses and scores, gradients, flips."
+    parser = _command(commands, "plot", _plot, text)
+    parser.add_argument("log", metavar="LOG", help="a Trainer's output folder, a checkpoint or a trainer_state.json")
+    _flag(parser, "output", "a .png, .svg or .pdf; by default dynamics.png beside the log", metavar="FILE")
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    log = Path(arguments.log)
+    output = Path(arguments.output or (log if log.is_dir() else log.parent) / "dynamics.png")
+    plot(log, output)
+    print(output)
+    return 0
 
 
 # --- files ---------------------------------------------------------------------------------------------------------

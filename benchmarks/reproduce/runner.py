@@ -23,7 +23,7 @@ _CURVE = ("loss", "eval_accuracy", "eval_matthews_correlation", "frozen_fraction
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of results. The last one counts only if it is whole: a killed runner may leave half of one."""
+    """The lines of a file of results, without the half of one that a killed runner may leave."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,0 +1,199 @@
+"""`plot`: the dynamics of a training with `StomppCallback`, drawn from its log alone."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_stompp.config import BinarizationConfig
+from hf_stompp.resuming import TRAINER_STATE, last_checkpoint
+
+POINTS = 400
+"""Steps at which the schedule is drawn, at most."""
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a training has logged.
+
+    Attributes:
+        config (`BinarizationConfig`): What it was trained with.
+        max_steps (`int`): Optimizer steps of the whole run.
+        units (`list[list[str]]`): Names of the layers of each unit.
+        history (`list[dict]`): The Trainer's `log_history`.
+    """
+
+    config: BinarizationConfig
+    max_steps: int
+    units: list[list[str]]
+    history: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, source: str | os.PathLike[str]) -> "TrainingLog":
+        """Reads a `trainer_state.json`, that of a checkpoint, or that of a Trainer's output folder.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is not of a training with `StomppCallback`.
+        """
+        path = Path(source)
+        if path.is_dir():
+            folder = path if (path / TRAINER_STATE).exists() else Path(last_checkpoint(path) or path)
+            path = folder / TRAINER_STATE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"log: received {str(source)!r}; allowed: a {TRAINER_STATE}, a checkpoint, or a Trainer's output "
+                "folder with either (call trainer.save_state() after training)."
+            )
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"log: {path} is no JSON ({error}); allowed: what a Trainer has written.") from error
+        return cls.of(state, str(path))
+
+    @classmethod
+    def of(cls, state: dict[str, Any], name: str = "the state") -> "TrainingLog":
+        """The log in a Trainer's state, as its `trainer_state.json` has it."""
+        saved = state.get("stateful_callbacks", {}).get("StomppCallback", {})
+        saved = saved[-1] if isinstance(saved, list) else saved
+        attributes = saved.get("attributes", {})
+        if "trained_with" not in attributes or "units" not in attributes:
+            raise ValueError(f"log: {name} is not of a training with StomppCallback; allowed: one that is.")
+        config = BinarizationConfig.from_dict(attributes["trained_with"])
+        return cls(config, state["max_steps"], attributes["units"], state["log_history"])
+
+    def series(self, key: str) -> tuple[list[int], list[Any]]:
+        """The steps at which `key` was logged, and its values."""
+        found = [(entry["step"], entry[key]) for entry in self.history if entry.get(key) not in (None, [])]
+        return [step for step, _ in found], [value for _, value in found]
+
+    @property
+    def scores(self) -> list[str]:
+        """The keys of evaluation scores in [-1, 1], as `eval_accuracy`."""
+        keys = dict.fromkeys(key for entry in self.history for key in entry if key.startswith("eval_"))
+        timed = ("loss", "_runtime", "_per_second", "_preparation_time")
+        return [key for key in keys if not key.endswith(timed) and all(abs(v) <= 1 for v in self.series(key)[1])]
+
+    def fractions(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps, and the frozen fraction of each unit at each of them, `[units, steps]`."""
+        steps = np.unique(np.linspace(1, self.max_steps, min(self.max_steps, POINTS)).astype(int))
+        columns = [self.config.unit_fractions(int(step), self.max_steps, len(self.units)) for step in steps]
+        return steps, np.array(columns).T
+
+    def windows(self) -> list[int]:
+        """The steps at which the units are fully frozen, without the last one's."""
+        steps, fractions = self.fractions()
+        ends = {int(steps[np.argmax(row >= 1)]) for row in fractions if (row >= 1).any()}
+        return sorted(ends)[:-1]
+
+
+def plot(log: TrainingLog | str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Any:
+    """Draws, over the steps of a training: the frozen fraction of each unit (the front), the losses and scores with
+    the ends of the windows, the gradient that reaches each unit (the blockade), and the share of signs that flip.
+
+    Args:
+        log (`TrainingLog` or path): See [`TrainingLog.read`].
+        output (`str` or `Path`, *optional*): File to write; its ending says what: `.png`, `.svg`, `.pdf`.
+
+    Returns:
+        `matplotlib.figure.Figure`: The picture.
+
+    Raises:
+        ImportError: matplotlib, of the extra `plot`, is not installed.
+        FileNotFoundError, ValueError: As of [`TrainingLog.read`].
+
+    Example:
+
+        >>> from hf_stompp.report import plot
+        >>> plot("out/sst2", "dynamics.svg")  # doctest: +SKIP
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('Pictures need matplotlib: `pip install "hf_stompp[plot]"`.') from error
+    log = log if isinstance(log, TrainingLog) else TrainingLog.read(log)
+    figure = Figure(figsize=(9, 11), layout="constrained")
+    front, losses, gradients, flips = figure.subplots(4, 1, sharex=True, height_ratios=[3, 3, 3, 2])
+    _draw_front(front, log)
+    _draw_losses(losses, log)
+    _draw_gradients(gradients, log)
+    _draw_flips(flips, log)
+    front.set_xlim(0, log.max_steps)
+    flips.set_xlabel("optimizer step")
+    if output is not None:
+        figure.savefig(output, dpi=120)
+    return figure
+
+
+def _draw_front(axes: Any, log: TrainingLog) -> None:
+    steps, fractions = log.fractions()
+    image = axes.pcolormesh(steps, range(len(log.units)), fractions, cmap="viridis", vmin=0, vmax=1, shading="nearest")
+    axes.figure.colorbar(image, ax=axes, label="frozen fraction", pad=0.01)
+    axes.set_title("Frozen fraction of each unit: the front", loc="left")
+    _name_units(axes, log)
+
+
+def _name_units(axes: Any, log: TrainingLog) -> None:
+    count = len(log.units)
+    places = sorted({round(i * (count - 1) / max(1, min(count, 8) - 1)) for i in range(min(count, 8))})
+    axes.set_yticks(places, [_short(log.units[place]) for place in places], fontsize=7)
+    axes.invert_yaxis()  # the input on top
+
+
+def _short(names: Sequence[str]) -> str:
+    name = names[0] if len(names[0]) <= 34 else f"…{names[0][-33:]}"
+    return name if len(names) == 1 else f"{name} +{len(names) - 1}"
+
+
+def _draw_losses(axes: Any, log: TrainingLog) -> None:
+    for step in log.windows():
+        axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "evaluation loss", "o--")):
+        steps, values = log.series(key)
+        if steps:
+            axes.plot(steps, values, style, label=label, markersize=3)
+    axes.set_ylabel("loss")
+    axes.set_title("Loss and score; a line where a unit is fully frozen", loc="left")
+    scores = axes.twinx()
+    for key, colour in zip(log.scores, ("tab:green", "tab:red", "tab:purple", "tab:brown"), strict=False):
+        scores.plot(*log.series(key), "s-", color=colour, label=key.removeprefix("eval_"), markersize=3)
+    scores.set_ylabel("score")
+    if not log.scores:
+        scores.set_axis_off()
+    lines = [*axes.get_lines(), *scores.get_lines()]
+    axes.legend(
+        handles=[line for line in lines if not line.get_label().startswith("_")], loc="center right", fontsize=8
+    )
+
+
+def _draw_gradients(axes: Any, log: TrainingLog) -> None:
+    axes.set_title("Gradient that reaches each unit: where it is dark, none is let through from above", loc="left")
+    steps, norms = log.series("unit_gradients")
+    if not steps:
+        axes.text(0.5, 0.5, "not logged (it is not under torch.compile)", transform=axes.transAxes, ha="center")
+        return
+    logarithms = np.log10(np.maximum(np.array(norms).T, 1e-12))
+    top = math.ceil(logarithms.max())
+    image = axes.pcolormesh(
+        steps, range(len(log.units)), logarithms, cmap="magma", vmin=top - 6, vmax=top, shading="nearest"
+    )
+    axes.figure.colorbar(image, ax=axes, label="log10 of its norm", pad=0.01)
+    _name_units(axes, log)
+
+
+def _draw_flips(axes: Any, log: TrainingLog) -> None:
+    axes.plot(*log.series("flip_ratio"), label="all units", color="black")
+    steps, flips = log.series("unit_flips")
+    if steps:
+        units = np.array(flips)
+        for unit in sorted({0, len(log.units) // 2, len(log.units) - 1}):
+            axes.plot(steps, units[:, unit], label=_short(log.units[unit]), linewidth=1, alpha=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("flip ratio")
+    axes.set_title("Share of signs that changed since the last log", loc="left")
+    axes.legend(fontsize=7, loc="upper right")
