@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reproduce.reporter import report
 from benchmarks.reproduce.runner import RESULTS, run_study
 from benchmarks.reproduce.study import ROOT, STUDIES, Study
 
@@ -37,9 +38,7 @@ def main() -> None:
         results = arguments.results / f"{study.name}.jsonl"
         if arguments.command == "run":
             run_study(study, results, arguments.work_dir, arguments.jobs, _flags(rest))
-        from benchmarks.reproduce.reporter import report  # matplotlib is for those who look at results
-
-        report(study, results)
+        print(report(study, results))
 
 
 def _flags(words: list[str]) -> dict[str, Any]:

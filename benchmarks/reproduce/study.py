@@ -11,7 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = Path(__file__).parent / "studies"
-_KEYS = {"about", "recipe", "config", "flags", "axes", "grids", "seeds", "table", "plot", "needed"}
+_KEYS = {"about", "recipe", "config", "flags", "axes", "grids", "seeds", "table", "baseline", "plot", "needed"}
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,16 @@ class Study:
     seeds: [0, 1, 2]
     grids: [{}, {depth: [4], seeds: [3]}]   # optional: several grids, each of some places of the axes
     table: [method, depth]              # rows, columns
-    plot: {x: depth, lines: method}     # optional: a picture; `panels` for one beside the other
-    needed: {x: steps, of: 0.9}         # optional: the x at which the score is reached
+    baseline: {method: STE}             # optional: a second table, of the differences to it
+    plot: {x: depth, lines: method}     # optional: a picture; `panels: AXIS` for one beside the other
+    needed: {x: steps, of: 90}          # optional: the x at which that score, in percent, is reached
     ```
 
     Attributes:
         name, about (`str`): Of the study.
         runs (`tuple[Run, ...]`): All of them, those of the first seed first.
         axes (`tuple[str, ...]`): Names of the axes.
-        table, plot, needed: As in the file.
+        table, baseline, plot, needed: As in the file.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Study:
     runs: tuple[Run, ...]
     axes: tuple[str, ...]
     table: list[str]
+    baseline: dict[str, str] | None
     plot: dict[str, Any] | None
     needed: dict[str, Any] | None
 
@@ -119,7 +121,7 @@ class Study:
             for run in _runs(path.stem, content, axes, dict(grid)):
                 runs.setdefault(run.key, run)  # grids may overlap
         ordered = sorted(runs.values(), key=lambda run: run.flags["seed"])
-        optional = {key: content.get(key) for key in ("plot", "needed")}
+        optional = {key: content.get(key) for key in ("baseline", "plot", "needed")}
         return cls(path.stem, content["about"], tuple(ordered), tuple(axes), content["table"], **optional)
 
 
