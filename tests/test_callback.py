@@ -72,7 +72,7 @@ def test_at_the_end_every_entry_is_frozen(
         if layer.config.weights:
             values = [row.unique().numel() for row in layer.effective_weight()]
             assert values == [2] * layer.out_features
-    assert not [record for record in caplog.records if record.name.startswith("hf_stompp")]
+    assert not [record for record in caplog.records if record.name == "hf_stompp.callback"]
 
 
 def test_the_masks_of_each_step_follow_the_schedule(
