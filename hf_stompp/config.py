@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
+from typing_extensions import Self
 
 from hf_stompp import schedule
 
@@ -17,6 +18,15 @@ QUANT_METHOD = "stompp"
 FORMAT_VERSION = 1
 RESOLVED = ("modules", "folded")
 """Fields that are written by `binarize` and `pack`, for whoever loads the model."""
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-w1a1": {"replace_gelu": True, "refresh": 0.1},
+    "resnet-w1a1": {},
+    "weights-only": {"activations": False},
+    "ste-baseline": {"progression": "none"},
+}
+"""What users do → the fields that are not the defaults; see [`BinarizationConfig.preset`]."""
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -192,6 +202,28 @@ class BinarizationConfig(QuantizationConfigMixin):
                 f"BinarizationConfig.activation_levels is {self.activation_levels!r} with activations=False: there "
                 'are no binary inputs. Leave it at "auto" or set activations=True.'
             )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The settings of a thing that users do, as the studies found them best (docs/reproduction.md).
+
+        Args:
+            name (`str`): `bert-w1a1`: 1-bit weights and activations of a BERT, GELU replaced by ReLU; `resnet-w1a1`:
+                those of a ResNet; `weights-only`: 1-bit weights under full-precision activations; `ste-baseline`:
+                everything binary from the first step, with the straight-through estimator.
+            changes: Fields that are otherwise, as `exclude=["*.query"]`.
+
+        Raises:
+            ValueError: There is no such preset.
+
+        Example:
+
+            >>> BinarizationConfig.preset("weights-only", progression_end=0.8).activations
+            False
+        """
+        if name not in PRESETS:
+            raise ValueError(f"BinarizationConfig.preset: received {name!r}; allowed: {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **changes})
 
     def unit_fractions(self, step: int, max_steps: int, units: int) -> Sequence[float]:
         """The frozen fraction of each of `units` units in optimizer step `step` (counted from 1) of `max_steps`."""

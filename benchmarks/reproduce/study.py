@@ -74,7 +74,7 @@ class Study:
       depth: {4: {…}, 8: {…}}
       method: {STE: {progression: none}, StoMPP: {}}
     seeds: [0, 1, 2]
-    grids: [{}, {depth: [4], seeds: [3]}]   # optional: several grids, each of some places of the axes
+    grids: [{}, {depth: [8], seeds: [3], flags: {overlap: 2}}]   # optional: several, each of some of the places
     table: [method, depth]              # rows, columns
     baseline: {method: STE}             # optional: a second table, of the differences to it
     plot: {x: depth, lines: method}     # optional: a picture; `panels: AXIS` for one beside the other
@@ -126,10 +126,11 @@ class Study:
 
 
 def _runs(name: str, content: dict[str, Any], axes: dict[str, dict[str, Any]], grid: dict[str, Any]) -> list[Run]:
-    seeds = grid.pop("seeds", content.get("seeds", [0]))
+    seeds, more = grid.pop("seeds", content.get("seeds", [0])), grid.pop("flags", {})
     chosen = {axis: [str(place) for place in grid.pop(axis, places)] for axis, places in axes.items()}
     if grid:
-        raise ValueError(f"study {name}: a grid has the axis {next(iter(grid))!r}; allowed: {', '.join(axes)}, seeds.")
+        known = ", ".join([*axes, "flags", "seeds"])
+        raise ValueError(f"study {name}: a grid has the axis {next(iter(grid))!r}; allowed: {known}.")
     runs = []
     for places in product(*chosen.values(), seeds):
         labels, seed = dict(zip(chosen, places, strict=False)), places[-1]
@@ -140,5 +141,6 @@ def _runs(name: str, content: dict[str, Any], axes: dict[str, dict[str, Any]], g
                     f"study {name}: the axis {axis!r} has no {place!r}; allowed: {', '.join(axes[axis])}."
                 )
             flags.update(axes[axis][place])
+        flags.update(more)
         runs.append(Run(name, content["recipe"], content.get("config"), {**flags, "seed": seed}, labels))
     return runs

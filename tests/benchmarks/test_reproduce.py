@@ -1,0 +1,205 @@
+"""The studies of benchmarks/reproduce: what their files say, that each run is made once, and what is said of it."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.reproduce import reporter, runner
+from benchmarks.reproduce.study import ROOT, STUDIES, Study
+
+GRID = {
+    "about": "A test.",
+    "recipe": "run_image_classification",
+    "config": "reproduce_plain",
+    "flags": {"max_steps": 20, "warmup_steps": 2},
+    "axes": {
+        "depth": {2: {"config_overrides": {"depth": 2}}, 4: {"config_overrides": {"depth": 4}}},
+        "method": {"STE": {"progression": "none"}, "StoMPP": {"surrogate": "none"}},
+    },
+    "seeds": [0, 1],
+    "table": ["method", "depth"],
+}
+
+
+def study(tmp_path: Path, **changes: Any) -> Study:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**GRID, **changes}, sort_keys=False))
+    return Study.read(str(path))
+
+
+def test_the_grid_is_the_product_of_its_axes(tmp_path: Path) -> None:
+    tiny = study(tmp_path)
+    assert [(run.labels["depth"], run.labels["method"], run.flags["seed"]) for run in tiny.runs] == [
+        (depth, method, seed) for seed in (0, 1) for depth in ("2", "4") for method in ("STE", "StoMPP")
+    ]
+    assert tiny.runs[0].argv == [
+        "recipes/configs/reproduce_plain.yaml",
+        "--max_steps=20",
+        "--warmup_steps=2",
+        '--config_overrides={"depth": 2}',
+        "--progression=none",
+        "--seed=0",
+    ]
+
+
+def test_grids_may_overlap(tmp_path: Path) -> None:
+    grids = [{"depth": [2]}, {"depth": [2, 4], "method": ["STE"], "seeds": [0, 7]}]
+    tiny = study(tmp_path, grids=grids)
+    places = {(run.labels["depth"], run.labels["method"], run.flags["seed"]) for run in tiny.runs}
+    first = {("2", method, seed) for method in ("STE", "StoMPP") for seed in (0, 1)}
+    second = {(depth, "STE", seed) for depth in ("2", "4") for seed in (0, 7)}
+    assert places == first | second and len(tiny.runs) == len(places)
+
+
+def test_a_grid_may_have_flags_of_its_own(tmp_path: Path) -> None:
+    tiny = study(tmp_path, grids=[{"depth": [2]}, {"depth": [4], "flags": {"overlap": 2}}], seeds=[0])
+    assert [run.flags.get("overlap") for run in tiny.runs] == [None, None, 2, 2]
+
+
+def test_a_key_is_of_the_settings_alone(tmp_path: Path) -> None:
+    tiny = study(tmp_path)
+    assert len({run.key for run in tiny.runs}) == len(tiny.runs)
+    renamed = {"method": {"baseline": {"progression": "none"}, "StoMPP": {"surrogate": "none"}}}
+    again = study(tmp_path, axes={**GRID["axes"], **renamed})
+    assert [run.key for run in again.runs] == [run.key for run in tiny.runs]
+    other = study(tmp_path, flags={"max_steps": 21, "warmup_steps": 2})
+    assert not {run.key for run in other.runs} & {run.key for run in tiny.runs}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 1}, "received the key 'colour'; allowed: about, axes"),
+        ({"grids": [{"depth": [3]}]}, "the axis 'depth' has no '3'; allowed: 2, 4"),
+        ({"grids": [{"width": [3]}]}, "a grid has the axis 'width'; allowed: depth, method, flags, seeds"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        study(tmp_path, **changes)
+
+
+def test_an_unknown_study_is_refused() -> None:
+    with pytest.raises(FileNotFoundError, match="study: received 'depht'; allowed: .*depth_plain"):
+        Study.read("depht")
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_can_be_read(path: Path) -> None:
+    shipped = Study.read(str(path))
+    assert shipped.runs and set(shipped.table) == set(shipped.axes)
+    assert len({run.key for run in shipped.runs}) == len(shipped.runs)
+    for run in shipped.runs[:1]:
+        sys.path.insert(0, str(ROOT / "recipes"))
+        assert (ROOT / "recipes" / f"{run.recipe}.py").exists()
+
+
+def test_half_a_line_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    runner._append(path, {"key": "a"})
+    with open(path, "a") as file:
+        file.write('{"key": "b", "sco')  # and the runner is killed
+    assert runner.read(path) == [{"key": "a"}]
+    runner._append(path, {"key": "c"})
+    assert runner.read(path) == [{"key": "a"}, {"key": "c"}]
+
+
+def written(tiny: Study, path: Path, score: Any) -> list[dict[str, Any]]:
+    """Results as the runner writes them, with a score of our own for each run."""
+    lines = [{"key": run.key, "score": score(run), "error": None} for run in tiny.runs]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def test_the_table(tmp_path: Path) -> None:
+    tiny = study(tmp_path, baseline={"method": "STE"})
+    made = {run.key: 0.5 + 0.01 * i + 0.002 * i * i for i, run in enumerate(tiny.runs)}
+    written(tiny, tmp_path / "r.jsonl", lambda run: made[run.key])
+    text = reporter.report(tiny, tmp_path / "r.jsonl")
+
+    def of(depth: str, method: str) -> list[float]:
+        return [100 * made[r.key] for r in tiny.runs if r.labels == {"depth": depth, "method": method}]
+
+    def cell(values: list[float], sign: str = "") -> str:
+        return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"
+
+    assert f"| STE | {cell(of('2', 'STE'))} | {cell(of('4', 'STE'))} |" in text
+    gains = [[a - b for a, b in zip(of(d, "StoMPP"), of(d, "STE"), strict=True)] for d in ("2", "4")]
+    assert f"| StoMPP | {cell(gains[0], '+')} | {cell(gains[1], '+')} |" in text
+    assert "8 of 8 runs" in text
+
+
+def test_errors_are_counted_and_the_last_line_of_a_run_counts(tmp_path: Path) -> None:
+    tiny, path = study(tmp_path), tmp_path / "r.jsonl"
+    lines = written(tiny, path, lambda run: 0.5)
+    path.write_text("")
+    runner._append(path, {**lines[0], "score": None, "error": "FloatingPointError: The loss is nan"})
+    runner._append(path, {**lines[1], "score": None, "error": "OSError: full"})
+    runner._append(path, {**lines[1], "score": 0.25})
+    text = reporter.report(tiny, path)
+    assert "1 of 8 runs" in text and "1 runs ended with an error, as: FloatingPointError" in text and "25.0" in text
+
+
+def test_steps_that_are_needed() -> None:
+    points = [(100.0, 20.0), (400.0, 60.0), (1600.0, 90.0)]
+    assert reporter.reached(points, 40) == "200"  # halfway in the logarithm
+    assert reporter.reached(points, 75) == "800"
+    assert reporter.reached(points, 10) == "< 100" and reporter.reached(points, 95) == "> 1600"
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    tiny = study(tmp_path, plot={"x": "depth", "lines": "method"}, needed={"x": "depth", "of": 55})
+    written(tiny, tmp_path / "r.jsonl", lambda run: 0.1 * int(run.labels["depth"]))
+    text = reporter.report(tiny, tmp_path / "r.jsonl")
+    assert "Depth needed for 55 %" in text and "| STE | > 4 |" in text
+    assert "<svg" in (tmp_path / "r.svg").read_text()
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    study(folder, seeds=[0], flags={"max_steps": 30, "warmup_steps": 2})
+    places = ["--work_dir", str(folder / "work"), "--results", str(folder / "results")]
+    return [sys.executable, "-m", "benchmarks.reproduce", "run", str(folder / "tiny.yaml"), *places, *more]
+
+
+def test_runs_are_made_once_and_survive_a_kill(tmp_path: Path) -> None:
+    """The runner is killed when it has one run, and started again: each run has one line, of the same outcome."""
+    path = tmp_path / "results" / "tiny.jsonl"
+    killed = subprocess.Popen(command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not runner.read(path) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)  # ends when the workers, which have its pipe, have ended too
+    first = runner.read(path)
+    assert 1 <= len(first) < 4
+    done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    lines = runner.read(path)
+    assert lines[: len(first)] == first and len({line["key"] for line in lines}) == len(lines) == 4
+    for line in lines:
+        assert line["error"] is None and 0 < line["score"] == line["latent_score"] <= 1
+        assert line["hardware"] and line["versions"]["torch"] and line["flags"]["max_steps"] == 30
+        assert [entry["step"] for entry in line["curve"] if "eval_accuracy" in entry][-1] == 30
+        assert line["curve"][-1].keys() >= {"step"} and any("frozen_fraction" in entry for entry in line["curve"])
+    again = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert "of which 0 are to be made" in again.stdout and runner.read(path) == lines
+
+
+def test_a_run_that_fails_has_a_line_and_the_others_go_on(tmp_path: Path) -> None:
+    axes = {"method": {"too short": {"max_steps": 2}, "right": {}}}
+    study(tmp_path, seeds=[0], axes=axes, table=["method"])
+    places = ["--work_dir", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
+    words = [sys.executable, "-m", "benchmarks.reproduce", "run", str(tmp_path / "tiny.yaml"), *places]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    errors = {line["labels"]["method"]: line["error"] for line in runner.read(tmp_path / "results" / "tiny.jsonl")}
+    assert "The schedule cannot finish" in errors["too short"] and errors["right"] is None
+    assert "1 of 2 runs" in done.stdout
