@@ -16,7 +16,6 @@ from hf_stompp.sharding import is_sharded, local, shard_as
 from hf_stompp.tracing import norms_after
 
 
-@torch.no_grad()
 def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
     r"""Sets the activation scales (and shifts) of a binarized model from one batch of its real input.
 
@@ -42,44 +41,63 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
         ValueError: The model is not binarized; or it has batch norms, and the batch is a single image that they see
             one pixel of, or FSDP has sharded it.
     """
-    if not binary_layers(model):
-        raise ValueError(
-            f"calibrate takes a binarized model, but this {type(model).__name__} is not; binarize it first."
-        )
-    mask = batch.get("attention_mask")
-    has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
-    if has_norms and any(_sharded(layer) for layer in binary_layers(model).values()):
-        raise ValueError(
-            "calibrate has to know which batch norm follows each layer, and does not find it in a model that FSDP has "
-            "sharded: use DDP, which such models are small enough for."
-        )
-    norms = norms_after(model) if has_norms else {}
+    Calibration(model)(batch, units)
 
-    def hook(name: str, layer: BinaryLayer, args: tuple[Tensor, ...]) -> None:
-        x = args[0].detach().float()
-        if mask is not None and x.shape[:-1] == mask.shape:
-            x = x[mask.bool()]
-        norm: Any = model.get_submodule(norms[name]) if name in norms else None
-        with _kept(layer, sharded.get(name, {})):
-            _calibrate_layer(layer, x.movedim(layer.FEATURE_AXIS, -1).reshape(-1, layer.input_features), norm)
 
-    layers = {
-        name: layer
-        for name, layer in binary_layers(model).items()
-        if isinstance(layer, BinaryLayer)
-        and layer.activation_scale is not None
-        and (units is None or layer.unit in units)
-    }
-    if not layers:  # a unit of tables
-        return
-    sharded = {name: _sharded(layer) for name, layer in layers.items()}
-    handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
-    try:
-        with _calibrating(model):
-            model(**batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+class Calibration:
+    """[`calibrate`], any number of times on one model, which is traced once: that takes longer than a step.
+
+    Args:
+        model (`PreTrainedModel`): A binarized model, whose structure stays as it is.
+
+    Raises:
+        ValueError: As of [`calibrate`].
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not binary_layers(model):
+            raise ValueError(
+                f"calibrate takes a binarized model, but this {type(model).__name__} is not; binarize it first."
+            )
+        has_norms = any(isinstance(module, _BatchNorm) for module in model.modules())
+        if has_norms and any(_sharded(layer) for layer in binary_layers(model).values()):
+            raise ValueError(
+                "calibrate has to know which batch norm follows each layer, and does not find it in a model that FSDP "
+                "has sharded: use DDP, which such models are small enough for."
+            )
+        self._model = model
+        self._norms = norms_after(model) if has_norms else {}
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
+        """As [`calibrate`]."""
+        model, mask = self._model, batch.get("attention_mask")
+
+        def hook(name: str, layer: BinaryLayer, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().float()
+            if mask is not None and x.shape[:-1] == mask.shape:
+                x = x[mask.bool()]
+            norm: Any = model.get_submodule(self._norms[name]) if name in self._norms else None
+            with _kept(layer, sharded.get(name, {})):
+                _calibrate_layer(layer, x.movedim(layer.FEATURE_AXIS, -1).reshape(-1, layer.input_features), norm)
+
+        layers = {
+            name: layer
+            for name, layer in binary_layers(model).items()
+            if isinstance(layer, BinaryLayer)
+            and layer.activation_scale is not None
+            and (units is None or layer.unit in units)
+        }
+        if not layers:  # a unit of tables
+            return
+        sharded = {name: _sharded(layer) for name, layer in layers.items()}
+        handles = [layer.register_forward_pre_hook(partial(hook, name)) for name, layer in layers.items()]
+        try:
+            with _calibrating(model):
+                model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _sharded(layer: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.utils import logging
 
-from hf_stompp.calibration import calibrate
+from hf_stompp.calibration import Calibration
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import BinaryLayer, LatentLayer
@@ -61,7 +61,8 @@ class StomppCallback(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self._layers: dict[str, LatentLayer] = {}
         self._fractions: list[float] = []
-        self._calibration: dict[str, Any] | None = None
+        self._calibration: Calibration | None = None
+        self._examples: dict[str, Any] | None = None
         self._signs: dict[str, Tensor] = {}
         self._processes = 1
 
@@ -94,9 +95,9 @@ class StomppCallback(TrainerCallback, ExportableState):
             FiniteGuard.install(trainer, self._position)
         self._set_masks(state.global_step + 1, state.max_steps)
         if self._config.activations:
-            self._calibration = _calibration_batch(kwargs["train_dataloader"], args)
+            self._calibration, self._examples = None, _calibration_batch(kwargs["train_dataloader"], args)
             if not self._all_calibrated():
-                if self._calibration is None:
+                if self._examples is None:
                     raise ValueError(
                         "There is nothing to calibrate the activation scales on: the training set is a stream, whose "
                         "examples would be lost to training, or its collator gives no mapping of keyword arguments. "
@@ -104,8 +105,8 @@ class StomppCallback(TrainerCallback, ExportableState):
                     )
                 self._calibrate(model)
             elif args.deepspeed_plugin is not None:
-                self._calibration = None  # its optimizer would undo it
-            elif self._calibration is None:
+                self._examples = None  # its optimizer would undo it
+            elif self._examples is None:
                 logger.warning(
                     "The training set is a stream, or its collator gives no mapping of keyword arguments: units are "
                     "not calibrated again when their windows begin, and keep the scales they have been given."
@@ -178,12 +179,13 @@ class StomppCallback(TrainerCallback, ExportableState):
         before = self._unit_fractions(state.global_step, state.max_steps)
         self._set_masks(state.global_step + 1, state.max_steps)
         starting = [unit for unit, fraction in enumerate(self._fractions) if before[unit] == 0 < fraction]
-        if starting and state.global_step > 0 and self._calibration is not None:
+        if starting and state.global_step > 0 and self._examples is not None:
             self._calibrate(kwargs["model"], starting)
 
     def _calibrate(self, model: nn.Module, units: list[int] | None = None) -> None:
-        assert self._calibration is not None
-        calibrate(model, self._calibration, units)
+        assert self._examples is not None
+        self._calibration = self._calibration or Calibration(model)
+        self._calibration(self._examples, units)
         if several_processes():  # whose processors may round otherwise; DDP sends parameters once, before this
             for layer in self._layers.values():
                 agree(layer, ("activation_scale", "activation_shift", "bias"))
