@@ -1,13 +1,12 @@
 """`StomppCallback`: drives the masks of a binarized model from the Trainer's step, and logs what they do."""
 
+import copy
 import inspect
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.utils import logging
@@ -17,13 +16,11 @@ from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import BinaryLayer, LatentLayer
 from hf_stompp.patching import binary_layers, frozen_fraction, keep_masks_home
+from hf_stompp.sampling import calibration_batches
 from hf_stompp.sharding import agree, several_processes
 from hf_stompp.trainer_card import TrainerCard
 
 logger = logging.get_logger(__name__)
-
-CALIBRATION_EXAMPLES = 64
-"""At most; of a smaller global batch, as many as it has: so that it does not depend on how many processes share it."""
 
 
 class StomppCallback(TrainerCallback, ExportableState):
@@ -62,7 +59,7 @@ class StomppCallback(TrainerCallback, ExportableState):
         self._layers: dict[str, LatentLayer] = {}
         self._fractions: list[float] = []
         self._calibration: Calibration | None = None
-        self._examples: dict[str, Any] | None = None
+        self._examples: list[dict[str, Any]] = []
         self._signs: dict[str, Tensor] = {}
         self._processes = 1
 
@@ -91,25 +88,29 @@ class StomppCallback(TrainerCallback, ExportableState):
         self._check_deepspeed(args)
         self._check_start(state, frozen_fraction(model))
         _go_first(self)
-        if (trainer := _calling_trainer()) is not None:
+        trainer = _calling_trainer()
+        if trainer is not None:
             FiniteGuard.install(trainer, self._position)
         self._set_masks(state.global_step + 1, state.max_steps)
         if self._config.activations:
-            self._calibration, self._examples = None, _calibration_batch(kwargs["train_dataloader"], args)
+            self._calibration = None
+            self._examples = calibration_batches(trainer, model, kwargs["train_dataloader"], args)
             if not self._all_calibrated():
-                if self._examples is None:
+                if not self._examples:
                     raise ValueError(
                         "There is nothing to calibrate the activation scales on: the training set is a stream, whose "
-                        "examples would be lost to training, or its collator gives no mapping of keyword arguments. "
-                        "Call hf_stompp.calibrate(model, batch) on a batch of your own before training."
+                        "examples would be lost to training, or its collator gives no keyword arguments of the "
+                        "model's forward. Call hf_stompp.calibrate(model, batch) on a batch of your own before "
+                        "training, or set activations=False."
                     )
                 self._calibrate(model)
             elif args.deepspeed_plugin is not None:
-                self._examples = None  # its optimizer would undo it
-            elif self._examples is None:
+                self._examples = []  # its optimizer would undo it
+            elif not self._examples:
                 logger.warning(
-                    "The training set is a stream, or its collator gives no mapping of keyword arguments: units are "
-                    "not calibrated again when their windows begin, and keep the scales they have been given."
+                    "The training set is a stream, or its collator gives no keyword arguments of the model's forward: "
+                    "units are not calibrated again when their windows begin, and keep the scales they have been "
+                    "given."
                 )
         self._signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
 
@@ -179,13 +180,13 @@ class StomppCallback(TrainerCallback, ExportableState):
         before = self._unit_fractions(state.global_step, state.max_steps)
         self._set_masks(state.global_step + 1, state.max_steps)
         starting = [unit for unit, fraction in enumerate(self._fractions) if before[unit] == 0 < fraction]
-        if starting and state.global_step > 0 and self._examples is not None:
+        if starting and state.global_step > 0 and self._examples:
             self._calibrate(kwargs["model"], starting)
 
     def _calibrate(self, model: nn.Module, units: list[int] | None = None) -> None:
-        assert self._examples is not None
         self._calibration = self._calibration or Calibration(model)
-        self._calibration(self._examples, units)
+        for batch in self._examples:
+            self._calibration(copy.deepcopy(batch), units)  # a SentenceTransformer writes into what it is given
         if several_processes():  # whose processors may round otherwise; DDP sends parameters once, before this
             for layer in self._layers.values():
                 agree(layer, ("activation_scale", "activation_shift", "bias"))
@@ -369,20 +370,3 @@ def _caller(kind: type) -> Any:
         return None
     finally:
         del frame  # or the frames would keep each other alive
-
-
-def _calibration_batch(dataloader: Any, args: TrainingArguments) -> dict[str, Any] | None:
-    """Examples from all over the training set, which may be sorted: the same on every rank, without touching the
-    sampler. None of a stream, whose examples would be lost to training, or where the collator gives no mapping."""
-    if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
-        return None
-    # A dataloader that Accelerate has prepared has its batch size in the batch sampler only.
-    size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
-    size = min(size * args.world_size * args.gradient_accumulation_steps, CALIBRATION_EXAMPLES)
-    examples = range(0, len(dataloader.dataset), max(1, len(dataloader.dataset) // size))[:size]
-    with torch.random.fork_rng():  # a collator may draw, as the one of masked language modelling does
-        torch.manual_seed(args.seed)  # the same in every process, and in a resumed run
-        batch = dataloader.collate_fn([dataloader.dataset[i] for i in examples])
-    if not isinstance(batch, Mapping):
-        return None
-    return {key: value.to(args.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
