@@ -118,7 +118,7 @@ def report(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         cells = row["processes"], row["variant"], f"{speed:.1f}", of_one, f"{row['ratio']:.2f}", *megabytes
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     kept = [row for row in before if row["processes"] < rows[0]["processes"]]
-    content = {"torch": torch.__version__, "batch": args.batch, "rows": [*kept, *rows]}
+    content = {"torch": torch.__version__, "batch": args.batch, "rounds": args.rounds, "rows": [*kept, *rows]}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -20,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -104,14 +105,19 @@ def brevitas(model: nn.Module, names: list[str]) -> None:
 
 
 PEERS = {"transformers AutoBitLinear": bit_linear, "torchao QAT, W4A8": torchao, "brevitas, binary": brevitas}
+LIBRARIES = {bit_linear: "transformers", torchao: "torchao", brevitas: "brevitas"}
 
 
 def with_peers(model: str) -> list[str]:
     """The names of all variants of a model; of peers, those that are installed and have layers for it."""
     linear = isinstance(MODELS[model], BertConfig)
-    modules = {bit_linear: "transformers", torchao: "torchao", brevitas: "brevitas"}
-    there = [name for name, put in PEERS.items() if find_spec(modules[put]) and (linear or put is brevitas)]
+    there = [name for name, put in PEERS.items() if find_spec(LIBRARIES[put]) and (linear or put is brevitas)]
     return [*VARIANTS, *there]
+
+
+def versions(names: list[str]) -> dict[str, str]:
+    """The libraries of those of the variants that are peers, and which they were."""
+    return {library: version(library) for library in (LIBRARIES[PEERS[name]] for name in names if name in PEERS)}
 
 
 class Variant:
@@ -288,11 +294,9 @@ def main() -> None:
     backend = kernels.backend() if args.device == "cpu" else args.device
     output = args.output or Path(f"benchmarks/results/training_{args.model}_{backend}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps(
-            {"torch": torch.__version__, "threads": args.threads, "kernels": kernels.backend(), "rows": rows}, indent=2
-        )
-    )
+    made_with = {"torch": torch.__version__, "threads": args.threads, "kernels": kernels.backend()}
+    made_with |= {"rounds": args.rounds, "peers": versions(names)}
+    output.write_text(json.dumps({**made_with, "rows": rows}, indent=2))
 
 
 if __name__ == "__main__":

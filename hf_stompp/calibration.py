@@ -16,7 +16,7 @@ from hf_stompp.sharding import is_sharded, local, shard_as
 from hf_stompp.tracing import norms_after
 
 
-def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
+def calibrate(model: nn.Module, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
     r"""Sets the activation scales (and shifts) of a binarized model from one batch of its real input.
 
     Each layer is set just before it runs, so it sees what its upstream layers really give under the present masks.
@@ -33,8 +33,9 @@ def calibrate(model: PreTrainedModel, batch: Mapping[str, Any], units: Collectio
     is no longer what it was. Call it yourself in a training loop of your own, or for a training set that is a stream.
 
     Args:
-        model (`PreTrainedModel`): A binarized model.
-        batch (`Mapping`): Keyword arguments of its `forward`, on its device.
+        model (`Module`): A binarized `PreTrainedModel`, or a `SentenceTransformer` of one.
+        batch (`Mapping`): Keyword arguments of its `forward`, on its device: of a `SentenceTransformer`
+            `{"input": model.preprocess(texts)}`.
         units (`Collection[int]`, *optional*): Set the layers of these units alone; by default of all.
 
     Raises:
@@ -48,13 +49,13 @@ class Calibration:
     """[`calibrate`], any number of times on one model, which is traced once: that takes longer than a step.
 
     Args:
-        model (`PreTrainedModel`): A binarized model, whose structure stays as it is.
+        model (`Module`): A binarized model, or one around it, whose structure stays as it is.
 
     Raises:
         ValueError: As of [`calibrate`].
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: nn.Module) -> None:
         if not binary_layers(model):
             raise ValueError(
                 f"calibrate takes a binarized model, but this {type(model).__name__} is not; binarize it first."
@@ -66,12 +67,14 @@ class Calibration:
                 "has sharded: use DDP, which such models are small enough for."
             )
         self._model = model
-        self._norms = norms_after(model) if has_norms else {}
+        self._norms = norms_after(model) if has_norms and isinstance(model, PreTrainedModel) else {}
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any], units: Collection[int] | None = None) -> None:
         """As [`calibrate`]."""
-        model, mask = self._model, batch.get("attention_mask")
+        inputs = batch.get("input")  # a SentenceTransformer takes all in one
+        mask = (inputs if isinstance(inputs, Mapping) else batch).get("attention_mask")
+        model = self._model
 
         def hook(name: str, layer: BinaryLayer, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach().float()

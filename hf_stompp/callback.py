@@ -1,33 +1,30 @@
 """`StomppCallback`: drives the masks of a binarized model from the Trainer's step, and logs what they do."""
 
+import copy
 import dataclasses
 import importlib.util
-import inspect
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from hf_stompp.calibration import Calibration
+from hf_stompp.callers import calling_handler, calling_trainer
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import BinaryLayer, LatentLayer
 from hf_stompp.patching import binary_layers, frozen_fraction, keep_masks_home
-from hf_stompp.probes import UnitGradients
+from hf_stompp.probes import Probes
 from hf_stompp.report import TrainingLog, plot
+from hf_stompp.sampling import calibration_batches
 from hf_stompp.sharding import agree, is_sharded, several_processes
 from hf_stompp.trainer_card import TrainerCard
 
 logger = logging.get_logger(__name__)
-
-CALIBRATION_EXAMPLES = 64
-"""At most; of a smaller global batch, as many as it has: so that it does not depend on how many processes share it."""
 
 
 class StomppCallback(TrainerCallback, ExportableState):
@@ -44,7 +41,9 @@ class StomppCallback(TrainerCallback, ExportableState):
 
     To every training log it adds `frozen_fraction` (of all binarizable weights), `front` (how many units are fully
     frozen), `front_fraction` (the fraction of the unit that is next to finish) and `flip_ratio` (the share of weight
-    signs that changed since the last log; under FSDP, in the shards of the first process).
+    signs that changed since the last log; under FSDP, in the shards of the first process). What [`~report.plot`] draws
+    besides, of each unit, is in the log history alone: `unit_flips`, and `unit_gradients`, which compiled and sharded
+    models do not have. TensorBoard gets the picture at the end, if matplotlib is there.
 
     The model card of `Trainer.push_to_hub` becomes that of [`model_card`], with the logged scores and settings.
 
@@ -66,9 +65,8 @@ class StomppCallback(TrainerCallback, ExportableState):
         self._layers: dict[str, LatentLayer] = {}
         self._fractions: list[float] = []
         self._calibration: Calibration | None = None
-        self._examples: dict[str, Any] | None = None
-        self._signs: dict[str, Tensor] = {}
-        self._gradients: UnitGradients | None = None
+        self._examples: list[dict[str, Any]] = []
+        self._probes: Probes | None = None
         self._processes = 1
 
     def state(self) -> dict[str, Any]:
@@ -105,33 +103,34 @@ class StomppCallback(TrainerCallback, ExportableState):
         self._check_deepspeed(args)
         self._check_start(state, frozen_fraction(model))
         _go_first(self)
-        if (trainer := _calling_trainer()) is not None:
+        trainer = calling_trainer()
+        if trainer is not None:
             FiniteGuard.install(trainer, self._position)
         self._set_masks(state.global_step + 1, state.max_steps)
         if self._config.activations:
-            self._calibration, self._examples = None, _calibration_batch(kwargs["train_dataloader"], args)
+            self._calibration = None
+            self._examples = calibration_batches(trainer, model, kwargs["train_dataloader"], args)
             if not self._all_calibrated():
-                if self._examples is None:
+                if not self._examples:
                     raise ValueError(
                         "There is nothing to calibrate the activation scales on: the training set is a stream, whose "
-                        "examples would be lost to training, or its collator gives no mapping of keyword arguments. "
-                        "Call hf_stompp.calibrate(model, batch) on a batch of your own before training."
+                        "examples would be lost to training, or its collator gives no keyword arguments of the "
+                        "model's forward. Call hf_stompp.calibrate(model, batch) on a batch of your own before "
+                        "training, or set activations=False."
                     )
                 self._calibrate(model)
             elif args.deepspeed_plugin is not None:
-                self._examples = None  # its optimizer would undo it
-            elif self._examples is None:
+                self._examples = []  # its optimizer would undo it
+            elif not self._examples:
                 logger.warning(
-                    "The training set is a stream, or its collator gives no mapping of keyword arguments: units are "
-                    "not calibrated again when their windows begin, and keep the scales they have been given."
+                    "The training set is a stream, or its collator gives no keyword arguments of the model's forward: "
+                    "units are not calibrated again when their windows begin, and keep the scales they have been "
+                    "given."
                 )
-        self._signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
-        # Hooks would break a compiled graph; FSDP has its own around the layers.
-        watched = not (args.torch_compile or any(is_sharded(layer.weight) for layer in self._layers.values()))
-        self._gradients = UnitGradients(self._layers) if watched else None
-        state.stateful_callbacks[type(self).__name__] = (
-            self.state()
-        )  # in `trainer_state.json` also without checkpoints
+        # Hooks would break a compiled graph, and FSDP has its own around the layers.
+        hooked = not (args.torch_compile or any(is_sharded(layer.weight) for layer in self._layers.values()))
+        self._probes = Probes(self._layers, gradients=hooked)
+        state.stateful_callbacks[type(self).__name__] = self.state()  # or it would be in checkpoints alone
 
     def _all_calibrated(self) -> bool:
         return all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLayer))
@@ -199,15 +198,15 @@ class StomppCallback(TrainerCallback, ExportableState):
         before = self._unit_fractions(state.global_step, state.max_steps)
         self._set_masks(state.global_step + 1, state.max_steps)
         starting = [unit for unit, fraction in enumerate(self._fractions) if before[unit] == 0 < fraction]
-        if starting and state.global_step > 0 and self._examples is not None:
+        if starting and state.global_step > 0 and self._examples:
             self._calibrate(kwargs["model"], starting)
-        if self._gradients is not None and _is_logged(args, state, state.global_step + 1):
-            self._gradients.start()
+        if self._probes is not None and _is_logged(args, state, state.global_step + 1):
+            self._probes.start()
 
     def _calibrate(self, model: nn.Module, units: list[int] | None = None) -> None:
-        assert self._examples is not None
         self._calibration = self._calibration or Calibration(model)
-        self._calibration(self._examples, units)
+        for batch in self._examples:
+            self._calibration(copy.deepcopy(batch), units)  # a SentenceTransformer writes into what it is given
         if several_processes():  # whose processors may round otherwise; DDP sends parameters once, before this
             for layer in self._layers.values():
                 agree(layer, ("activation_scale", "activation_shift", "bias"))
@@ -225,8 +224,8 @@ class StomppCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._gradients is not None:
-            self._gradients.stop()
+        if self._probes is not None:
+            self._probes.stop()
         for layer in self._layers.values():
             layer.hold_frozen()
 
@@ -244,20 +243,17 @@ class StomppCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or "loss" not in logs or self._probes is None:
             return
-        flips = self._flips()
-        sizes = {name: layer.weight.numel() for name, layer in self._layers.items()}
+        flip_ratio, unit_flips = self._probes.flips()
         metrics = {
             "frozen_fraction": frozen_fraction(kwargs["model"]),
             **self._front(),
-            "flip_ratio": _mean(flips, sizes),
+            "flip_ratio": flip_ratio,
         }
         logs.update(metrics)
-        # The Trainer has written its copy already. Lists are for `hf_stompp.report.plot`: reporters want numbers.
-        state.log_history[-1].update(metrics, unit_flips=self._of_units(flips, sizes))
-        if self._gradients is not None:
-            state.log_history[-1]["unit_gradients"] = self._gradients.norms()
+        # The Trainer has written its copy already. Lists are for pictures: reporters take numbers.
+        state.log_history[-1].update(metrics, unit_flips=unit_flips, unit_gradients=self._probes.gradient_norms())
 
     def _position(self) -> str:
         """How far the binarization is, for messages."""
@@ -277,22 +273,6 @@ class StomppCallback(TrainerCallback, ExportableState):
             "front_fraction": max(unfinished, default=1.0),
         }
 
-    def _flips(self) -> dict[str, float]:
-        """The share of the signs of each layer that changed since the last log."""
-        signs = {name: layer.sampled_signs() for name, layer in self._layers.items()}
-        # Counted where the weights are, and read once.
-        shares = torch.stack(
-            [(now != self._signs[name]).float().sum() / max(1, now.numel()) for name, now in signs.items()]
-        )
-        self._signs = signs
-        return dict(zip(signs, shares.tolist(), strict=True))
-
-    def _of_units(self, flips: dict[str, float], sizes: dict[str, int]) -> list[float]:
-        members: list[dict[str, float]] = [{} for _ in range(self._units)]
-        for name, layer in self._layers.items():
-            members[layer.unit][name] = flips[name]
-        return [float(f"{_mean(each, sizes):.4g}") for each in members]
-
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -308,18 +288,13 @@ class StomppCallback(TrainerCallback, ExportableState):
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
         if trainer is None:
             logger.warning("StomppCallback found no Trainer that calls it: the model card will be the Trainer's own.")
             return
         card = TrainerCard.install(trainer)
         if trainer.is_in_train:
             card.write_early()
-
-
-def _mean(flips: dict[str, float], sizes: dict[str, int]) -> float:
-    """Over all weights of the layers."""
-    return sum(share * sizes[name] for name, share in flips.items()) / sum(sizes[name] for name in flips)
 
 
 def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
@@ -331,13 +306,12 @@ def _is_logged(args: TrainingArguments, state: TrainerState, step: int) -> bool:
 
 def _show_in_tensorboard(state: TrainerState) -> None:
     """The picture of the whole run as an image, if TensorBoard is reported to and matplotlib is there."""
-    handler = _caller(CallbackHandler)
+    handler = calling_handler()
     writers = [getattr(callback, "tb_writer", None) for callback in (handler.callbacks if handler else ())]
     writer = next((each for each in writers if each is not None), None)
-    if writer is None or importlib.util.find_spec("matplotlib") is None:
-        return
-    log = TrainingLog.of(dataclasses.asdict(state))
-    writer.add_figure("stompp/dynamics", plot(log), global_step=state.global_step)
+    if writer is not None and importlib.util.find_spec("matplotlib") is not None:
+        log = TrainingLog.of(dataclasses.asdict(state))
+        writer.add_figure("stompp/dynamics", plot(log), global_step=state.global_step)
 
 
 def check_schedule(model: nn.Module, max_steps: int) -> None:
@@ -394,52 +368,15 @@ def _check_sharding(layers: dict[str, LatentLayer]) -> None:
             )
 
 
-def _calling_trainer() -> Any:
-    from transformers import Trainer  # it takes seconds, and whoever calls this has done it
-
-    return _caller(Trainer)
-
-
 def _go_first(callback: StomppCallback) -> None:
     """Moves the callback to the front of the handler that is calling it.
 
     Reporters such as TensorBoard come before user callbacks and get the same dict of logs, so metrics added after them
     are never seen. Where no handler is found, the log history and the progress bar have the metrics still.
     """
-    handler = _caller(CallbackHandler)
+    handler = calling_handler()
     if handler is None:
         logger.warning("StomppCallback found no Trainer that calls it: reporters will not see its metrics.")
         return
     handler.callbacks.remove(callback)
     handler.callbacks.insert(0, callback)
-
-
-def _caller(kind: type) -> Any:
-    """The nearest object of `kind` that is calling, or None. A callback is given neither its handler nor its Trainer;
-    the calling frames are the one place to find them without asking users to pass the Trainer in."""
-    frame = inspect.currentframe()
-    try:
-        while frame is not None:
-            if isinstance(frame.f_locals.get("self"), kind):
-                return frame.f_locals["self"]
-            frame = frame.f_back
-        return None
-    finally:
-        del frame  # or the frames would keep each other alive
-
-
-def _calibration_batch(dataloader: Any, args: TrainingArguments) -> dict[str, Any] | None:
-    """Examples from all over the training set, which may be sorted: the same on every rank, without touching the
-    sampler. None of a stream, whose examples would be lost to training, or where the collator gives no mapping."""
-    if isinstance(dataloader.dataset, IterableDataset) or not hasattr(dataloader.dataset, "__len__"):
-        return None
-    # A dataloader that Accelerate has prepared has its batch size in the batch sampler only.
-    size = getattr(dataloader.batch_sampler, "batch_size", None) or dataloader.batch_size or 1
-    size = min(size * args.world_size * args.gradient_accumulation_steps, CALIBRATION_EXAMPLES)
-    examples = range(0, len(dataloader.dataset), max(1, len(dataloader.dataset) // size))[:size]
-    with torch.random.fork_rng():  # a collator may draw, as the one of masked language modelling does
-        torch.manual_seed(args.seed)  # the same in every process, and in a resumed run
-        batch = dataloader.collate_fn([dataloader.dataset[i] for i in examples])
-    if not isinstance(batch, Mapping):
-        return None
-    return {key: value.to(args.device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -19,6 +20,8 @@ _WEIGHTS = (".safetensors", "pytorch_model.bin", "adapter_model.bin", ".distcp",
 """What names of weight files end with: of models, adapters, FSDP, DeepSpeed."""
 _ARCHIVES = ("optimizer", "scheduler", "scaler", "rng_state", "pytorch_model", "adapter_model", "training_args")
 """What names of the Trainer's archives begin with."""
+_DEEPSPEED = ("model_states.pt", "optim_states.pt")
+"""What names of DeepSpeed's archives end with."""
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -28,10 +31,12 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     the last one, also if it is half written: `resume_from_checkpoint=True` then fails, or goes on without what is
     missing. This takes a checkpoint only if it has weights, what belongs to them and the random state of each process,
     if every file ends where it says it does, and if `trainer_state.json` is there, which is written last; others are
-    named in a warning, and left alone: the run writes them again when it comes there.
+    named in a warning, and left alone: the run writes them again when it comes there. Of several runs in one folder,
+    the one that wrote last is taken: a run that is begun anew leaves those of an older one beside its own.
 
     Args:
-        output_dir (`str` or `Path`): `TrainingArguments.output_dir`. It need not exist.
+        output_dir (`str` or `Path`): `TrainingArguments.output_dir`, which all processes have to share. It need not
+            exist.
 
     Returns:
         `str`, *optional*: The folder of the checkpoint; None if there is no whole one.
@@ -44,13 +49,22 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     folder = Path(output_dir)
     found = [(pattern.fullmatch(path.name), path) for path in (folder.iterdir() if folder.is_dir() else ())]
-    checkpoints = sorted((int(match[1]), path) for match, path in found if match and path.is_dir())
-    for _, path in reversed(checkpoints):
+    checkpoints = [(_written(path), int(match[1]), path) for match, path in found if match and path.is_dir()]
+    for *_, path in sorted(checkpoints, reverse=True):
         lack = _lack(path)
         if not lack:
             return str(path)
         logger.warning(f"{path} is not whole, and is not resumed from: {lack}.")
     return None
+
+
+def _written(checkpoint: Path) -> float:
+    """When it was made. Copies may not keep that; then an earlier one of the same run may be taken for the last, from
+    which it comes to the same end."""
+    try:
+        return (checkpoint / TRAINER_STATE).stat().st_mtime
+    except FileNotFoundError:
+        return checkpoint.stat().st_mtime
 
 
 def _lack(checkpoint: Path) -> str:
@@ -76,13 +90,29 @@ def _torn(path: Path) -> str:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):
                 pass
-        elif path.suffix in (".pt", ".pth", ".bin") and path.name.startswith(_ARCHIVES):
+        elif path.name.endswith(_DEEPSPEED) or (
+            path.suffix in (".pt", ".pth", ".bin") and path.name.startswith(_ARCHIVES)
+        ):
             with zipfile.ZipFile(path):  # what is in an archive is listed at its end
                 pass
         elif path.name == "config.json" or path.name.endswith(".index.json"):
             json.loads(path.read_text(encoding="utf-8"))
-    except (SafetensorError, zipfile.BadZipFile, ValueError) as error:
+        elif path.name == ".metadata":
+            return _torn_shards(path.parent)
+    except (SafetensorError, zipfile.BadZipFile, ValueError, EOFError, pickle.UnpicklingError) as error:
         return str(error)
+    return ""
+
+
+def _torn_shards(folder: Path) -> str:
+    """Which shard of FSDP is not as long as their list says, or nothing."""
+    from torch.distributed.checkpoint import FileSystemReader  # it takes a second, and only runs with FSDP need it
+
+    listed = FileSystemReader(folder).read_metadata().storage_data or {}  # unpickled, as a run that resumes does
+    for shard in listed.values():
+        path = folder / shard.relative_path
+        if not path.is_file() or path.stat().st_size < shard.offset + shard.length:
+            return f"it lists {shard.offset + shard.length} bytes of {path.name}"
     return ""
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Sequence
@@ -60,6 +61,33 @@ def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[
         >>> args.learning_rate
         0.001
     """
+    parser, words = _parser(argv, dataclass_types)
+    *parsed, unknown = parser.parse_args_into_dataclasses(
+        words, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        raise ValueError(
+            f"{unknown[0]} is not a flag of this recipe. {_hint(unknown[0].lstrip('-').split('=')[0], known)}"
+        )
+    return tuple(parsed)
+
+
+def given_flags(argv: Sequence[str], dataclass_types: Iterable[type]) -> dict[str, Any]:
+    """What `[recipe.yaml] --flag value …` sets otherwise than it is by default, as the content of a YAML file.
+
+    Example:
+
+        >>> given_flags(["--learning-rate", "1e-3", "--seed=42"], [TrainingArguments])
+        {'learning_rate': 0.001}
+    """
+    parser, words = _parser(argv, dataclass_types)
+    defaults = vars(HfArgumentParser(dataclass_types).parse_args([]))
+    return {name: value for name, value in vars(parser.parse_args(words)).items() if value != defaults[name]}
+
+
+def _parser(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, list[str]]:
+    """A parser, and all words for it: those that the YAML file stands for come first."""
     parser = HfArgumentParser(dataclass_types)
     from_file: list[str] = []
     if argv and argv[0].endswith((".yaml", ".yml")):
@@ -69,15 +97,7 @@ def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[
         parser.set_defaults(**{key: None for key, value in values.items() if value is None})
         for key, value in values.items():
             from_file += _as_flags(key, value)
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        [*from_file, *argv], return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-        raise ValueError(
-            f"{unknown[0]} is not a flag of this recipe. {_hint(unknown[0].lstrip('-').split('=')[0], known)}"
-        )
-    return tuple(parsed)
+    return parser, [*from_file, *argv]
 
 
 def _read_yaml(path: Path, flags: set[str]) -> dict[str, Any]:
@@ -172,11 +192,11 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
     """Train, or go on training, with `--do_train`; save the model; return what of it belongs in `results.json`."""
     args = trainer.args
     checkpoint = checkpoint_to_resume(args) if args.do_train else None
-    check_shared(args, gather_object([checkpoint]))
+    check_shared(args, gather_object([(checkpoint, files_of_checkpoints(args))]))
     scale_losses(trainer)
     torch.set_float32_matmul_precision(matmul_precision)
     metrics: dict[str, Any] = {}
-    if checkpoint is not None and is_finished(checkpoint, args):
+    if checkpoint is not None and is_finished(checkpoint, steps_of(trainer)):
         take_up(trainer, checkpoint)
     elif args.do_train:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -191,13 +211,30 @@ def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:
     }
 
 
-def check_shared(args: TrainingArguments, found: Sequence[str | None]) -> None:
-    """Refuses to go on where processes would go on from different checkpoints."""
-    if len(set(found)) > 1:
+def files_of_checkpoints(args: TrainingArguments) -> list[str]:
+    """Which files this process sees in the checkpoints of `output_dir`; none if it is told what to resume from."""
+    if not args.do_train or (args.resume_from_checkpoint or "true").lower() != "true":
+        return []
+    folder = Path(args.output_dir)
+    return sorted(str(path.relative_to(folder)) for path in folder.glob("checkpoint-*/**/*") if path.is_file())
+
+
+def check_shared(args: TrainingArguments, found: Sequence[tuple[str | None, list[str]]]) -> None:
+    """Refuses to go on where processes would go on from different checkpoints, or anew because each machine has a
+    folder of its own, with a part of each checkpoint.
+
+    Args:
+        args: Of the run.
+        found: Of each process, the checkpoint that it would go on from, and the `files_of_checkpoints`.
+    """
+    checkpoints, files = {str(checkpoint) for checkpoint, _ in found}, {tuple(each) for _, each in found}
+    if len(checkpoints) > 1 or len(files) > 1:
+        apart = sorted(file for file in set().union(*files) if any(file not in each for each in files))
+        more = f"; not all see {apart[0]}" if apart else ""
         raise ValueError(
             f"output_dir: {args.output_dir!r} is not the same folder for all processes, which find the checkpoints "
-            f"{', '.join(sorted({str(checkpoint) for checkpoint in found}))}. Pass a folder that all share, or "
-            "--resume_from_checkpoint False."
+            f"{', '.join(sorted(checkpoints))}{more}. Pass a folder that all share, with the files of all machines in "
+            "it, or --resume_from_checkpoint False to start anew."
         )
 
 
@@ -235,17 +272,23 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return last
 
 
-def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
-    """Whether these arguments leave nothing to train."""
-    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    if args.max_steps <= 0:
-        return (state.epoch or 0.0) >= args.num_train_epochs
-    if state.global_step > args.max_steps:
+def steps_of(trainer: Trainer) -> int:
+    """Optimizer steps of a run."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    per_epoch = -(-len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps)
+    return math.ceil(per_epoch * trainer.args.num_train_epochs)
+
+
+def is_finished(checkpoint: str, steps: int) -> bool:
+    """Whether a run of so many steps has nothing left to train."""
+    step = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json")).global_step
+    if step > steps:
         raise ValueError(
-            f"max_steps: received {args.max_steps}, but {checkpoint} is of step {state.global_step} already. Pass a "
-            "larger one, or --resume_from_checkpoint False to start anew."
+            f"max_steps, num_train_epochs: received a run of {steps} steps, but {checkpoint} is of step {step} "
+            "already. Pass more, or --resume_from_checkpoint False to start anew."
         )
-    return state.global_step == args.max_steps
+    return step == steps
 
 
 def take_up(trainer: Trainer, checkpoint: str) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_stompp import BinarizationConfig
 from hf_stompp.patching import binary_layers
-from recipe_utils import format_table, parse_recipe, scale_losses, write_json
+from recipe_utils import format_table, given_flags, parse_recipe, scale_losses, steps_of, write_json
 from run_glue import RecipeArguments, check, load_model, make_trainer, prepare
 
 try:
@@ -51,12 +51,15 @@ class SearchArguments:
     )
 
 
+TYPES = (SearchArguments, RecipeArguments, BinarizationConfig, TrainingArguments)
+APART = ("n_trials", "output_dir", "disable_tqdm", "report_to", "logging_steps", "dataloader_num_workers")
+"""Flags that the scores of a study do not depend on, and that may change while it goes on."""
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the search; returns what it writes to `trials.json`."""
     argv = sys.argv[1:] if argv is None else argv
-    search, recipe, config, args = parse_recipe(
-        argv, (SearchArguments, RecipeArguments, BinarizationConfig, TrainingArguments)
-    )
+    search, recipe, config, args = parse_recipe(argv, TYPES)
     check(recipe, args)
     check_search(search, recipe, args)
     torch.set_float32_matmul_precision(recipe.matmul_precision)
@@ -77,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     storage = f"sqlite:///{folder / 'study.db'}"
     first = {**vars(config), "learning_rate": args.learning_rate}
     folder.mkdir(parents=True, exist_ok=True)
-    fixed = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
-    made_with = {"search": search.search, "model": recipe.model_name_or_path, "rows": recipe.max_train_samples}
-    made_with |= {name: getattr(args, name) for name in fixed}
+    given = given_flags(argv, TYPES)
+    made_with = {"search": search.search, **{name: value for name, value in given.items() if name not in APART}}
     done = take_up(storage, recipe.task_name, {name: first[name] for name in search.search}, made_with)
     if done < search.n_trials:
         trainer.hyperparameter_search(
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=int(LAST_END * steps_of(trainer))),
             catch=(FloatingPointError,),  # a loss that is none is a bad trial
         )
-    return report(storage, recipe.task_name, folder, argv)
+    return report(storage, recipe.task_name, folder, argv, given)
 
 
 def check_search(search: SearchArguments, recipe: RecipeArguments, args: TrainingArguments) -> None:
@@ -138,14 +140,6 @@ def first_end(trainer: Trainer) -> float:
     return min(LAST_END, max(0.2, (len(units) + 1) / steps_of(trainer)))
 
 
-def steps_of(trainer: Trainer) -> int:
-    """Optimizer steps of a run."""
-    if trainer.args.max_steps > 0:
-        return int(trainer.args.max_steps)
-    per_epoch = -(-len(trainer.get_train_dataloader()) // trainer.args.gradient_accumulation_steps)
-    return int(per_epoch * trainer.args.num_train_epochs)
-
-
 def mean_score(metrics: dict[str, float]) -> float:
     """The mean of a task's metrics, as GLUE has it."""
     ends = ("loss", "runtime", "per_second")
@@ -157,13 +151,15 @@ def take_up(storage: str, name: str, first: dict[str, float | None], made_with: 
     """Make the study, with a trial of the values that the recipe has, or go on with it; how many trials it has."""
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
     running = study.get_trials(states=(optuna.trial.TrialState.RUNNING,))
-    if study.trials and study.user_attrs != made_with:
+    before = study.user_attrs.get("made_with", {})
+    if study.trials and before != made_with:
+        names = sorted(key for key in {**before, **made_with} if before.get(key) != made_with.get(key))
+        what = ", ".join(f"{key} was {before.get(key)!r}, and is {made_with.get(key)!r}" for key in names)
         raise ValueError(
-            f"{storage} holds a study of {study.user_attrs}, and this is one of {made_with}: pass another "
-            "--output_dir."
+            f"{storage} holds a study that was made otherwise (None where nothing was given): {what}. Give the same "
+            "again, or pass another --output_dir."
         )
-    for key, value in made_with.items():
-        study.set_user_attr(key, value)
+    study.set_user_attr("made_with", made_with)
     for trial in running:  # by a search that was killed
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)
@@ -173,7 +169,7 @@ def take_up(storage: str, name: str, first: dict[str, float | None], made_with: 
     return len(study.get_trials(states=done))
 
 
-def report(storage: str, name: str, folder: Path, argv: Sequence[str]) -> dict[str, Any]:
+def report(storage: str, name: str, folder: Path, argv: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
     study = optuna.load_study(storage=storage, study_name=name)
     trials = [{"trial": t.number, "state": t.state.name, "score": t.value, **t.params} for t in study.trials]
     ended = [trial for trial in trials if trial["state"] == "COMPLETE"]
@@ -182,33 +178,19 @@ def report(storage: str, name: str, folder: Path, argv: Sequence[str]) -> dict[s
         raise RuntimeError(f"No trial of {folder / 'study.db'} came to its end: see what it says above.")
     results["best"] = max(ended, key=lambda trial: trial["score"])
     write_json(folder / "trials.json", results)
-    write_best(folder / "best.yaml", argv, study.best_params, folder)
-    draw(trials, study.user_attrs["search"], folder / "trials.svg")
+    write_best(folder / "best.yaml", given, study.best_params)
+    draw(trials, study.user_attrs["made_with"]["search"], folder / "trials.svg")
     print(format_table(sorted(ended, key=lambda trial: -trial["score"])[:10]))
     print(f"{len(trials)} trials, {len(ended)} to their end. The best as a recipe, on other seeds than the search's:")
     print(f"python recipes/run_glue.py {folder / 'best.yaml'} --seed 1 --output_dir {folder / 'best-1'}")
     return results
 
 
-def write_best(path: Path, argv: Sequence[str], params: dict[str, float], folder: Path) -> None:
+def write_best(path: Path, given: dict[str, Any], params: dict[str, float]) -> None:
     """The recipe of the best trial: what was given in a file and in flags, and what was found."""
-    given: dict[str, Any] = {}
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        given, argv = yaml.safe_load(Path(argv[0]).read_text(encoding="utf-8")), argv[1:]
-    flag = ""
-    for word in argv:
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
-            flag = name[2:]
-            given[flag] = yaml.safe_load(value) if equals else True
-        else:
-            known = given[flag]
-            values = [] if known is True else known if isinstance(known, list) else [known]
-            given[flag] = yaml.safe_load(word) if not values else [*values, yaml.safe_load(word)]
-    for name in ("n_trials", "search"):
-        given.pop(name, None)
-    given |= {"do_train": True, "output_dir": str(folder / "best"), **params}
-    path.write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+    recipe = {name: value for name, value in given.items() if name not in ("n_trials", "search")}
+    recipe |= {"do_train": True, "output_dir": str(path.with_name("best")), **params}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 def draw(trials: Sequence[dict[str, Any]], names: Sequence[str], path: Path) -> None:

@@ -39,7 +39,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Pope
 @pytest.fixture
 def launch(worker: subprocess.Popen[str], tmp_path: Path) -> Launch:
     """Runs `training_jobs.CALL(**arguments)` in so many processes; what each of them returned. They end as expected:
-    with 0, with an error, or killed, then each gives `{}`."""
+    with 0, with an error, or killed: one at least, of which the others may take notice."""
 
     def run(
         call: str, processes: int = 1, killed: bool = False, failed: bool = False, **arguments: Any
@@ -54,7 +54,10 @@ def launch(worker: subprocess.Popen[str], tmp_path: Path) -> Launch:
         results = [torch.load(file, weights_only=False) if file.exists() else {} for file in files]
         for file in files:
             file.unlink(missing_ok=True)
-        assert ended == [-signal.SIGKILL if killed else int(failed)] * processes, results
+        if killed:
+            assert -signal.SIGKILL in ended and 0 not in ended, results
+        else:
+            assert ended == [int(failed)] * processes, results
         return results
 
     return run
@@ -158,15 +161,54 @@ def test_a_run_that_is_killed_is_resumed_to_the_same_end(launch: Launch, tmp_pat
         assert resumed["history"] == whole["history"], fault
 
 
+def test_the_best_checkpoint_of_a_run_that_is_killed(launch: Launch, tmp_path: Path) -> None:
+    best, found = {"load_best_model_at_end": True, "metric_for_best_model": "sum"}, set()
+    for order in (True, False):
+        arguments = SAVING | best | {"per_device_train_batch_size": GLOBAL_BATCH, "greater_is_better": order}
+        (whole,) = launch("train", output_dir=str(tmp_path / f"whole-{order}"), **arguments)
+        found.add(whole["best"])
+        for fault, made_again in {"in a step 9": 4, "while weights are written 8": 8}.items():
+            folder = str(tmp_path / f"{fault}-{order}")
+            launch("train", killed=True, output_dir=folder, fault=fault, **arguments)
+            (resumed,) = launch("train", output_dir=folder, resume=True, **arguments)
+            assert (resumed["best"], len(resumed["masks"])) == (whole["best"], made_again)
+            same(whole["state"], resumed["state"], rtol=0, atol=0)
+            assert resumed["history"] == whole["history"]
+    assert len(found) == 2  # so that one of them is not the last
+
+
+def test_the_first_log_of_a_resumed_run_is_of_the_steps_since_its_checkpoint(launch: Launch, tmp_path: Path) -> None:
+    arguments = SAVING | {"per_device_train_batch_size": GLOBAL_BATCH, "logging_steps": 5}
+    (whole,) = launch("train", output_dir=str(tmp_path / "whole"), **arguments)
+    launch("train", killed=True, output_dir=str(tmp_path / "cut"), fault="in a step 6", **arguments)
+    (resumed,) = launch("train", output_dir=str(tmp_path / "cut"), resume=True, **arguments)
+    same(whole["state"], resumed["state"], rtol=0, atol=0)
+    differing = {
+        (ours["step"], key)
+        for ours, theirs in zip(resumed["history"], whole["history"], strict=True)
+        for key in ours | theirs
+        if ours[key] != theirs[key]
+    }
+    assert differing == {(5, "loss"), (5, "flip_ratio")}
+
+
 def test_two_processes_that_are_killed_are_resumed_to_the_same_losses(launch: Launch, tmp_path: Path) -> None:
     arguments = SAVING | {"per_device_train_batch_size": GLOBAL_BATCH // 2}
     whole = launch("train", 2, output_dir=str(tmp_path / "whole"), **arguments)
-    launch("train", 2, killed=True, output_dir=str(tmp_path / "cut"), fault="in a step 6", **arguments)
-    resumed = launch("train", 2, output_dir=str(tmp_path / "cut"), resume=True, **arguments)
-    for ours, theirs in zip(resumed, whole, strict=True):
-        assert len(ours["masks"]) == 8
-        same(theirs["state"], ours["state"], rtol=0, atol=0)
-    assert resumed[0]["history"] == whole[0]["history"]
+    # In both of them; or in the one that writes.
+    for fault in (
+        "in a step 6",
+        "in an evaluation 8",
+        "while weights are written 8",
+        "while the Trainer's state is written 8",
+    ):
+        folder = str(tmp_path / fault)
+        launch("train", 2, killed=True, output_dir=folder, fault=fault, **arguments)
+        resumed = launch("train", 2, output_dir=folder, resume=True, **arguments)
+        for ours, theirs in zip(resumed, whole, strict=True):
+            assert len(ours["masks"]) == 8, fault
+            same(theirs["state"], ours["state"], rtol=0, atol=0)
+        assert resumed[0]["history"] == whole[0]["history"], fault
 
 
 def test_a_loss_that_is_no_number_in_one_process_ends_both(launch: Launch, tmp_path: Path) -> None:

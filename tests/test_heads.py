@@ -119,7 +119,8 @@ def test_a_head_is_trained_packed_and_loaded(
         assert reloaded.cls.predictions.decoder.weight is reloaded.bert.embeddings.word_embeddings.weight
 
 
-def test_sentence_embeddings(tmp_path: Path, reference_kernels: None) -> None:
+@pytest.mark.parametrize("config", [{}, {"activations": False}], ids=["W1A1", "W1A32"])
+def test_sentence_embeddings(config: dict[str, Any], tmp_path: Path, reference_kernels: None) -> None:
     library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
     datasets = pytest.importorskip("datasets")
     from sentence_transformers.sentence_transformer import losses, modules
@@ -135,8 +136,8 @@ def test_sentence_embeddings(tmp_path: Path, reference_kernels: None) -> None:
     AutoModel.from_config(bert).save_pretrained(tmp_path / "float")
     BertTokenizer({word: i for i, word in enumerate(words)}, model_max_length=16).save_pretrained(tmp_path / "float")
 
-    config = BinarizationConfig(activations=False, progression_end=0.5)
-    transformer = modules.Transformer(str(tmp_path / "float"), model_kwargs={"quantization_config": config})
+    quantization = {"quantization_config": BinarizationConfig(progression_end=0.5, **config)}
+    transformer = modules.Transformer(str(tmp_path / "float"), model_kwargs=quantization)
     model = library.SentenceTransformer(modules=[transformer, modules.Pooling(32, "mean")], device="cpu")
     # Sentences of the same words are alike, whatever their order.
     anchors = [" ".join(f"w{(i + j) % WORDS}" for j in range(4)) for i in range(WORDS)]

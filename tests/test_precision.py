@@ -129,28 +129,32 @@ def test_recomputed_activations_give_the_same_gradients(
 
 
 class Spoils(TrainerCallback):
-    """Makes a weight NaN before a step, or after it, when the loss is not looked at any more."""
+    """Makes a weight no number before a step, or after it, when the loss is not looked at any more."""
 
-    def __init__(self, step: int, event: str) -> None:
+    def __init__(self, step: int, event: str, value: float = torch.nan) -> None:
         def spoil(args: Any, state: Any, control: Any, *, model: PreTrainedModel, **kwargs: Any) -> None:
             if state.global_step == step:
-                model.classifier.bias.data[0] = torch.nan
+                model.classifier.bias.data[0] = value
 
         setattr(self, event, spoil)
 
 
+# A logit of -inf gives a probability of 0, and its label a loss of inf.
+@pytest.mark.parametrize(("weight", "loss"), [(torch.nan, "nan"), (-torch.inf, "inf")], ids=["nan", "inf"])
 @pytest.mark.parametrize("filtered", [True, False])
 def test_a_loss_that_is_no_number_ends_the_run(
-    filtered: bool, make_model: MakeModel, make_trainer: MakeTrainer, tmp_path: Path
+    filtered: bool, weight: float, loss: str, make_model: MakeModel, make_trainer: MakeTrainer, tmp_path: Path
 ) -> None:
     trainer = make_trainer(
         make_model(),
-        Spoils(9, "on_step_begin"),
+        Spoils(9, "on_step_begin", weight),
         save_strategy="steps",
         save_steps=4,
         logging_nan_inf_filter=filtered,
     )
-    with pytest.raises(FloatingPointError, match=r"nan at step 10 of 16, with all units frozen\. .*checkpoint-8\."):
+    with pytest.raises(
+        FloatingPointError, match=rf"is {loss} at step 10 of 16, with all units frozen\. .*checkpoint-8\."
+    ):
         trainer.train()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
     resumed = make_trainer(make_model())

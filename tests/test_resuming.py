@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint import save
 from transformers import PreTrainedModel, Trainer
 
 from hf_stompp import BinarizationConfig, last_checkpoint
@@ -89,6 +91,42 @@ def test_shards_without_their_list(run: Path, caplog: pytest.LogCaptureFixture) 
     (last / "pytorch_model_fsdp_0" / "__0_0.distcp").write_bytes(b"")
     assert last_checkpoint(run) == str(run / "checkpoint-8")
     assert "pytorch_model_fsdp_0 has no .metadata" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_archives_of_deepspeed_that_are_cut_off(name: str, run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = run / "checkpoint-16" / "global_step16" / name
+    path.parent.mkdir()
+    torch.save({"module": torch.ones(9)}, path)
+    assert last_checkpoint(run) == str(run / "checkpoint-16")
+    content = path.read_bytes()
+    for length in (0, len(content) // 2):
+        path.write_bytes(content[:length])
+        assert last_checkpoint(run) == str(run / "checkpoint-8")
+        assert f"global_step16/{name} is cut off" in caplog.messages[-1]
+
+
+def test_shards_that_are_cut_off(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    last, folder = run / "checkpoint-16", run / "checkpoint-16" / "pytorch_model_fsdp_0"
+    (last / "model.safetensors").unlink()
+    save({"weight": torch.ones(9)}, checkpoint_id=folder)
+    assert last_checkpoint(run) == str(last)
+    for path in (*folder.glob("*.distcp"), folder / ".metadata"):
+        content = path.read_bytes()
+        for length in (0, len(content) // 2, len(content) - 1):
+            path.write_bytes(content[:length])
+            assert last_checkpoint(run) == str(run / "checkpoint-8"), (path.name, length)
+            assert "pytorch_model_fsdp_0/.metadata is cut off" in caplog.messages[-1]
+        path.write_bytes(content)
+
+
+def test_of_several_runs_in_a_folder_the_one_that_wrote_last(
+    run: Path, make_model: MakeModel, make_trainer: MakeTrainer, make_recorder: Callable[..., Any]
+) -> None:
+    # It was begun anew, with other settings, and stopped before it came as far as the older one.
+    make_trainer(make_model(), make_recorder(stop_at=6), save_strategy="steps", save_steps=4, seed=7).train()
+    assert {path.name for path in run.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (4, 8, 16)}
+    assert last_checkpoint(run) == str(run / "checkpoint-4")
 
 
 def test_a_run_that_is_begun_anew_in_the_same_folder(

@@ -103,6 +103,7 @@ def train(
         "state": state_of(model),
         "masks": recorder.masks,
         "history": [{k: v for k, v in log.items() if not k.endswith(timed)} for log in trainer.state.log_history],
+        "best": Path(trainer.state.best_model_checkpoint or "").name,
         "sent": [tuple(buffer.shape) for buffer in buffers],
         "find_unused": getattr(wrapped, "find_unused_parameters", None),
     }

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from safetensors.torch import save_file
-from transformers import TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 import run_image_classification
 from hf_stompp import BinarizationConfig
@@ -17,10 +19,13 @@ from recipe_utils import (
     bucket_by_length,
     check_shared,
     checkpoint_to_resume,
+    files_of_checkpoints,
     format_table,
+    given_flags,
     is_finished,
     parse_recipe,
     read_mapping,
+    steps_of,
     write_json,
 )
 from run_glue import RecipeArguments
@@ -142,21 +147,82 @@ def test_a_finished_run_is_not_resumed_unasked(tmp_path: Path) -> None:
 
 def test_what_is_left_to_train(tmp_path: Path) -> None:
     last = save_checkpoint(tmp_path, 11, max_steps=11)
-    assert is_finished(last, TrainingArguments(str(tmp_path), max_steps=11))
-    assert not is_finished(last, TrainingArguments(str(tmp_path), max_steps=12))
-    assert not is_finished(last, TrainingArguments(str(tmp_path), num_train_epochs=1))
-    with pytest.raises(ValueError, match=r"max_steps: received 10, but .*checkpoint-11 is of step 11 already"):
-        is_finished(last, TrainingArguments(str(tmp_path), max_steps=10))
+    assert is_finished(last, 11)
+    assert not is_finished(last, 12)
+    with pytest.raises(ValueError, match=r"received a run of 10 steps, but .*checkpoint-11 is of step 11 already"):
+        is_finished(last, 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [({"max_steps": 7}, 7), ({"num_train_epochs": 2}, 6), ({"num_train_epochs": 0.5}, 2)],
+    ids=str,
+)
+def test_the_steps_of_a_run_are_those_of_the_trainer(arguments: dict[str, Any], steps: int, tmp_path: Path) -> None:
+    # Five batches, in threes of two, two and one.
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True, "report_to": []}
+    args = TrainingArguments(str(tmp_path), save_strategy="no", disable_tqdm=True, **settings, **arguments)
+    trainer = Trainer(Line(), args, train_dataset=[{"x": float(i)} for i in range(9)])  # type: ignore[arg-type]
+    assert steps_of(trainer) == steps
+    trainer.train()
+    assert trainer.state.global_step == steps
+
+
+class Line(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.slope * x).mean()}
 
 
 def test_processes_that_find_different_checkpoints_are_refused(tmp_path: Path) -> None:
-    args = TrainingArguments(str(tmp_path))
-    check_shared(args, [None, None])
-    check_shared(args, ["out/checkpoint-2"] * 2)
+    args, files = TrainingArguments(str(tmp_path)), ["checkpoint-2/model.safetensors"]
+    check_shared(args, [(None, [])] * 2)
+    check_shared(args, [("out/checkpoint-2", files)] * 2)
     with pytest.raises(
         ValueError, match=r"which find the checkpoints None, out/checkpoint-2\. Pass a folder that all share"
     ):
-        check_shared(args, [None, "out/checkpoint-2"])
+        check_shared(args, [(None, files), ("out/checkpoint-2", files)])
+
+
+def test_machines_that_have_a_part_of_each_checkpoint_are_refused(tmp_path: Path) -> None:
+    def seen(machine: str, asked: str | None) -> tuple[str | None, list[str]]:
+        args = TrainingArguments(str(tmp_path / machine), do_train=True, resume_from_checkpoint=asked)
+        return checkpoint_to_resume(args), files_of_checkpoints(args)
+
+    for machine, files in {"a": ("model.safetensors", "rng_state_0.pth"), "b": ("rng_state_1.pth",)}.items():
+        (tmp_path / machine / "checkpoint-8").mkdir(parents=True)
+        for name in files:
+            (tmp_path / machine / "checkpoint-8" / name).touch()
+    args = TrainingArguments("out")
+    with pytest.raises(
+        ValueError, match=r"find the checkpoints None; not all see checkpoint-8/model\.safetensors\. Pass"
+    ):
+        check_shared(args, [seen("a", None), seen("b", None)])
+    check_shared(args, [seen("a", "False"), seen("b", "False")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_what_is_given_makes_the_same_recipe_again(path: Path, tmp_path: Path) -> None:
+    types = TYPES if path.name.startswith(("demo", "sst2")) else IMAGE_TYPES
+    flags = [
+        "--use_cpu",
+        "--no_activations",
+        "--no-learn-activation-shift",
+        "--logging_strategy=no",
+        "--max-steps",
+        "30",
+    ]
+    given = given_flags([str(path), *flags, "--exclude", "a.*", "b", "--warmup_st", "3", "--bf16=False"], types)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(given))
+    assert given_flags([str(again)], types) == given
+    expected = {"activations": False, "learn_activation_shift": False, "logging_strategy": "no", "max_steps": 30}
+    assert given | expected | {"exclude": ["a.*", "b"], "warmup_steps": 3.0, "use_cpu": True} == given
+    own, *_ = parse_recipe([str(again)], types)
+    assert own == parse_recipe([str(path), "--use_cpu"], types)[0]
 
 
 def test_result_row_and_table(tmp_path: Path) -> None:

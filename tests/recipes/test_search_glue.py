@@ -25,6 +25,10 @@ def search(folder: Path, *flags: str) -> dict[str, Any]:
     return search_glue.main([RECIPE, *SMALL, "--output_dir", str(folder), *flags])
 
 
+def study(folder: Path) -> Any:
+    return optuna.load_study(storage=f"sqlite:///{folder / 'study.db'}", study_name="synthetic")
+
+
 def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[dict[str, float]] = []
 
@@ -44,8 +48,7 @@ def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path, monkeypatc
     assert first["trials"][0] | {"learning_rate": 2e-3, "progression_end": 0.5, "clip": 2.0} == first["trials"][0]
 
     # A search that was killed leaves a trial that runs for ever; it is run again.
-    storage = f"sqlite:///{folder / 'study.db'}"
-    killed = optuna.load_study(storage=storage, study_name="synthetic").ask()
+    killed = study(folder).ask()
     search_glue.Space(names, 2e-3, 0.3)(killed)
     second = search(folder, "--n_trials", "3", "--search", *names)
     states = [trial["state"] for trial in second["trials"]]
@@ -53,8 +56,13 @@ def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path, monkeypatc
     assert second["trials"][:2] == first["trials"]
     assert {name: second["trials"][3][name] for name in names} == killed.params
     assert trained[2] == killed.params
-    with pytest.raises(ValueError, match=r"holds a study of .*pass another --output_dir"):
+    with pytest.raises(
+        ValueError, match=r"otherwise .*: search was \['lea.*'\], and is \['clip'\]\. .* another --output"
+    ):
         search(folder, "--n_trials", "4", "--search", "clip")
+    for name, value in {"surrogate": "none", "seed": "7", "weight_decay": "0.5", "learning_rate": "0.5"}.items():
+        with pytest.raises(ValueError, match=rf"nothing was given\): {name} was .*, and is '?{value}'?\. Give"):
+            search(folder, f"--{name}={value}", "--n_trials", "4", "--search", *names)
     assert search(folder, "--n_trials", "3", "--search", *names) == second | {"command": second["command"]}
 
     assert json.loads((folder / "trials.json").read_text()) == second
@@ -63,11 +71,22 @@ def test_a_study_is_gone_on_with_and_ends_in_a_recipe(tmp_path: Path, monkeypatc
     assert best["score"] == max(trial["score"] for trial in second["trials"] if trial["state"] == "COMPLETE")
     recipe = yaml.safe_load((folder / "best.yaml").read_text())
     assert {name: recipe[name] for name in names} == {name: best[name] for name in names}
-    assert recipe["max_steps"] == 30 and recipe["report_to"] == "none" and "n_trials" not in recipe
+    assert recipe["max_steps"] == 30 and "n_trials" not in recipe
     results = run_glue.main([str(folder / "best.yaml"), "--output_dir", str(tmp_path / "best"), "--seed", "1"])
     assert {name: results["binarization"].get(name) for name in names[1:]} == {name: best[name] for name in names[1:]}
     assert results["learning_rate"] == best["learning_rate"] and results["seed"] == 1
     assert is_packed(run_glue.AutoModelForSequenceClassification.from_pretrained(tmp_path / "best" / "packed"))
+
+
+def test_a_trial_that_is_worse_is_stopped_once_everything_is_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The fifth, of which four others can have a median, has the worst scores.
+    monkeypatch.setattr(search_glue, "mean_score", lambda metrics: float(len(study(tmp_path).trials) < 5))
+    found = search(tmp_path, "--n_trials", "5", "--search", "clip")
+    assert [trial["state"] for trial in found["trials"]] == ["COMPLETE"] * 4 + ["PRUNED"]
+    steps = study(tmp_path).trials[4].intermediate_values
+    assert max(steps) == search_glue.LAST_END * 30 and len(study(tmp_path).trials[0].intermediate_values) == 10
 
 
 @pytest.mark.parametrize(
