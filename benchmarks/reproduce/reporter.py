@@ -6,18 +6,22 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.reproduce.runner import read
 from benchmarks.reproduce.study import Study
 
 Place = tuple[str, ...]
+Lines = dict[Place, dict[int, Any]]
+"""Place in the grid, in the order of the axes → seed → the line of the run."""
 Scores = dict[Place, dict[int, float]]
-"""Place in the grid, in the order of the axes → seed → score in percent."""
+"""The same, of scores in percent."""
 
 
 def report(study: Study, results: Path) -> str:
-    """The study's tables in Markdown; its picture is written beside the results."""
-    scores, failed = collect(study, results)
+    """The study's tables in Markdown; its pictures are written beside the results."""
+    lines, failed = collect(study, results)
+    scores = {place: {seed: 100 * line["score"] for seed, line in runs.items()} for place, runs in lines.items()}
     made = f"{sum(map(len, scores.values()))} of {len(study.runs)} runs"
     parts = [f"## {study.name}\n\n{study.about.strip()} {made}; final checkpoints, in percent."]
     parts += [f"{len(failed)} runs ended with an error, as: {failed[0]}"] if failed else []
@@ -25,25 +29,28 @@ def report(study: Study, results: Path) -> str:
         parts.append(table(study, scores))
         parts += [differences(study, scores)] if study.baseline else []
         parts += [needed(study, scores)] if study.needed else []
+        parts += [dips(study, lines)] if study.dips else []
         if study.plot:
             draw(study, scores, results.with_suffix(".svg"))
+        if study.curves:
+            draw_curves(study, lines, results.with_name(f"{results.stem}_curves.svg"))
     return "\n\n".join(parts) + "\n"
 
 
-def collect(study: Study, results: Path) -> tuple[Scores, list[str]]:
-    """The scores of the study's runs as its file has them now, and the errors of those that have none."""
-    lines = {line["key"]: line for line in read(results)}  # the last line of a run that was made again
-    scores: Scores = defaultdict(dict)
+def collect(study: Study, results: Path) -> tuple[Lines, list[str]]:
+    """The lines of the study's runs as its file has them now, and the errors of those that have no score."""
+    found = {line["key"]: line for line in read(results)}  # the last line of a run that was made again
+    lines: Lines = defaultdict(dict)
     failed = []
     for run in study.runs:
-        line = lines.get(run.key)
+        line = found.get(run.key)
         if line is None:
             continue
         if line["error"] is None:
-            scores[tuple(run.labels[axis] for axis in study.axes)][run.flags["seed"]] = 100 * line["score"]
+            lines[tuple(run.labels[axis] for axis in study.axes)][run.flags["seed"]] = line
         else:
             failed.append(line["error"])
-    return scores, failed
+    return lines, failed
 
 
 def table(study: Study, scores: Scores) -> str:
@@ -92,6 +99,24 @@ def reached(points: Sequence[tuple[float, float]], level: float) -> str:
     return f"> {last[0]:g}"
 
 
+def dips(study: Study, lines: Lines) -> str:
+    """How far a score fell, on the way, below the best that it had been before."""
+    cells = {place: _cell([dip(line["curve"], study.dips) for line in runs.values()]) for place, runs in lines.items()}
+    return f"The largest fall of {study.dips.removeprefix('eval_')} on the way:\n\n{_grid(study, cells)}"
+
+
+def dip(curve: Sequence[Mapping[str, float]], key: str) -> float:
+    """In percent.
+
+    Example:
+
+        >>> round(dip([{"a": 0.2}, {"a": 0.8}, {"loss": 1}, {"a": 0.5}, {"a": 0.9}], "a"))
+        30
+    """
+    values = [entry[key] for entry in curve if key in entry]
+    return 100 * max(best - value for best, value in zip(itertools.accumulate(values, max), values, strict=True))
+
+
 def _cell(values: list[float], sign: str = "") -> str:
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.1f}{spread}"
@@ -116,32 +141,63 @@ def _grid(study: Study, cells: Mapping[Place, str], without: str | None = None) 
 
 def draw(study: Study, scores: Scores, path: Path) -> None:
     """Mean scores over an axis of numbers, a line for each place of another, a panel for each of a third."""
+    index = study.axes.index(study.plot["x"])
+    figure, panels = _panels(study, study.plot, list(scores))
+    for axes, chosen in panels:
+        for number, (name, places) in chosen:
+            points = sorted((float(place[index]), list(scores[place].values())) for place in places)
+            means = [statistics.mean(values) for _, values in points]
+            spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+            style = {"color": f"C{number}", "marker": "o", "markersize": 4, "capsize": 2}
+            axes.errorbar([x for x, _ in points], means, spread, label=name, **style)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({float(place[index]) for place in scores})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xlabel(study.plot["x"])
+    figure.axes[0].set_ylabel("score, %")
+    _save(figure, path)
+
+
+def draw_curves(study: Study, lines: Lines, path: Path) -> None:
+    """What was logged over the steps of the runs, averaged over seeds."""
+    key = study.curves["y"]
+    figure, panels = _panels(study, study.curves, list(lines))
+    for axes, chosen in panels:
+        for number, (name, places) in chosen:
+            logged: dict[int, list[float]] = defaultdict(list)
+            for line in (line for place in places for line in lines[place].values()):
+                for entry in line["curve"]:
+                    if key in entry:
+                        logged[entry["step"]].append(entry[key])
+            means = [statistics.mean(values) for _, values in sorted(logged.items())]
+            axes.plot(sorted(logged), means, label=name, color=f"C{number}", linewidth=1.2)
+        axes.set_xlabel("step")
+    figure.axes[0].set_ylabel(key.replace("eval_", ""))
+    _save(figure, path)
+
+
+def _panels(study: Study, chosen: Mapping[str, str], places: Sequence[Place]) -> tuple[Any, list[Any]]:
+    """A figure; and for each of its panels the axes, and the places of each line with its name and number."""
     from matplotlib.figure import Figure  # for those who want pictures alone
 
-    x_axis, line_axis, panel_axis = (study.plot.get(part) for part in ("x", "lines", "panels"))
-    places = [dict(zip(study.axes, place, strict=True)) for place in scores]
-    panels = list(dict.fromkeys(labels[panel_axis] for labels in places)) if panel_axis else [""]
-    names = list(dict.fromkeys(run.labels[line_axis] for run in study.runs))
-    figure = Figure(figsize=(3.2 * len(panels) + 1, 3.6), layout="constrained")
-    for panel, axes in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], strict=True):
-        for number, name in enumerate(names):
-            chosen = [
-                (float(labels[x_axis]), list(seeds.values()))
-                for labels, seeds in zip(places, scores.values(), strict=True)
-                if labels[line_axis] == name and (not panel_axis or labels[panel_axis] == panel)
-            ]
-            if chosen:
-                xs, values = zip(*sorted(chosen), strict=True)
-                means = [statistics.mean(each) for each in values]
-                spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
-                axes.errorbar(xs, means, spread, label=name, color=f"C{number}", marker="o", markersize=4, capsize=2)
-        axes.set_xscale("log", base=2)
-        ticks = sorted({float(labels[x_axis]) for labels in places})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_xlabel(x_axis)
-        axes.set_title(f"{panel_axis} {panel}" if panel_axis else study.name, fontsize=10)
+    line_axis = study.axes.index(chosen["lines"])
+    panel_axis = study.axes.index(chosen["panels"]) if "panels" in chosen else None
+    names = list(dict.fromkeys(run.labels[chosen["lines"]] for run in study.runs))
+    titles = [study.name] if panel_axis is None else list(dict.fromkeys(place[panel_axis] for place in places))
+    figure = Figure(figsize=(3.2 * len(titles) + 1, 3.6), layout="constrained")
+    panels = []
+    for title, axes in zip(titles, figure.subplots(1, len(titles), sharey=True, squeeze=False)[0], strict=True):
+        here = [place for place in places if panel_axis is None or place[panel_axis] == title]
+        lines = [(name, [place for place in here if place[line_axis] == name]) for name in names]
+        panels.append((axes, [(number, line) for number, line in enumerate(lines) if line[1]]))
+        axes.set_title(title if panel_axis is None else f"{chosen['panels']} {title}", fontsize=10)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("score, %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return figure, panels
+
+
+def _save(figure: Any, path: Path) -> None:
+    drawn = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
+    for axes in figure.axes[1:]:
+        drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, metadata={"Date": None})

@@ -11,7 +11,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = Path(__file__).parent / "studies"
-_KEYS = {"about", "recipe", "config", "flags", "axes", "grids", "seeds", "table", "baseline", "plot", "needed"}
+_SHOWN = ("baseline", "plot", "needed", "dips", "curves")
+_KEYS = {"about", "recipe", "config", "flags", "axes", "grids", "seeds", "table", *_SHOWN}
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,15 @@ class Study:
     baseline: {method: STE}             # optional: a second table, of the differences to it
     plot: {x: depth, lines: method}     # optional: a picture; `panels: AXIS` for one beside the other
     needed: {x: steps, of: 90}          # optional: the x at which that score, in percent, is reached
+    dips: eval_accuracy                 # optional: a table of how far that fell, on the way, below what it had been
+    curves: {y: loss, lines: method, panels: depth}     # optional: a picture of what was logged on the way
     ```
 
     Attributes:
         name, about (`str`): Of the study.
         runs (`tuple[Run, ...]`): All of them, those of the first seed first.
         axes (`tuple[str, ...]`): Names of the axes.
-        table, baseline, plot, needed: As in the file.
+        table, baseline, plot, needed, dips, curves: As in the file.
     """
 
     name: str
@@ -96,6 +99,8 @@ class Study:
     baseline: dict[str, str] | None
     plot: dict[str, Any] | None
     needed: dict[str, Any] | None
+    dips: str | None
+    curves: dict[str, str] | None
 
     @classmethod
     def read(cls, name: str) -> "Study":
@@ -121,7 +126,7 @@ class Study:
             for run in _runs(path.stem, content, axes, dict(grid)):
                 runs.setdefault(run.key, run)  # grids may overlap
         ordered = sorted(runs.values(), key=lambda run: run.flags["seed"])
-        optional = {key: content.get(key) for key in ("baseline", "plot", "needed")}
+        optional = {key: content.get(key) for key in _SHOWN}
         return cls(path.stem, content["about"], tuple(ordered), tuple(axes), content["table"], **optional)
 
 
