@@ -1,23 +1,23 @@
-"""What embedding tables of fewer bits cost in score: SST-2, the W1A1 model of `benchmarks/sst2.py`.
+"""What embedding tables of fewer bits cost in score: SST-2, the W1A1 model of StoMPP + STE.
 
-    python benchmarks/embeddings.py --model_name_or_path MODEL [--dataset_dir GLUE]
+    python -m benchmarks.embeddings --model_name_or_path MODEL [--dataset_dir GLUE]
 
-Two runs of the recipe, StoMPP + STE with full-precision tables and with `--embeddings`, where the tables are binarized
-in training. The first model is packed in every way there is. Each packed model is saved, loaded and scored.
+Two runs of the recipe, of the study `embeddings`: with full-precision tables, and with `--embeddings`, where the
+tables are binarized in training. The first model is packed in every way there is. Each packed model is saved, loaded
+and scored.
 """
 
 import argparse
 import json
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from sst2 import STOMPP_STE
-from studies import ROOT, run
 from transformers import AutoModelForSequenceClassification
 
+from benchmarks.reproduce.runner import RESULTS, run_study
+from benchmarks.reproduce.study import ROOT, Study
 from hf_stompp import pack
 from hf_stompp.scoring import predict, read_split, text_encoder
 
@@ -43,19 +43,27 @@ def measure(name: str, trained: Path, data: Any, **how: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--dataset_dir", help="folder of parquet files; without it the Hub's")
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "sst2", help="of benchmarks/sst2.py")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "out" / "reproduce")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "embeddings.json")
-    args, flags = parser.parse_known_args()
-    flags += ["--dataset_dir", args.dataset_dir] if args.dataset_dir else []
-    tables = replace(STOMPP_STE, name="1-bit tables, binarized in training", flags=("--embeddings", "True"))
-    trained, binarized = (run("run_glue", method, 0, flags, args.work_dir) for method in (STOMPP_STE, tables))
+    args = parser.parse_args()
+    places = {"model_name_or_path": args.model_name_or_path, "dataset_dir": args.dataset_dir}
+    study = Study.read("embeddings")
+    run_study(
+        study,
+        RESULTS / "embeddings.jsonl",
+        args.work_dir,
+        jobs=1,
+        flags={name: place for name, place in places.items() if place},
+    )
+    trained, binarized = (args.work_dir / run.key for run in study.runs)
     data = read_split("nyu-mll/glue", "sst2", "validation", args.dataset_dir)
     print("| embedding tables | file | accuracy |\n|---|---|---|")
-    rows = [measure(name, STOMPP_STE.folder(args.work_dir, 0), data, **how) for name, how in PACKED]
-    rows.append(measure(tables.name, tables.folder(args.work_dir, 0), data))
-    settings = {key: trained[key] for key in ("steps", "batch_size", "learning_rate", "seed")}
-    assert settings == {key: binarized[key] for key in settings}
+    rows = [measure(name, trained, data, **how) for name, how in PACKED]
+    rows.append(measure("1-bit tables, binarized in training", binarized, data))
+    results = json.loads((trained / "results.json").read_text())
+    settings = {key: results[key] for key in ("steps", "batch_size", "learning_rate", "seed")}
     args.output.write_text(json.dumps({"torch": torch.__version__, **settings, "rows": rows}, indent=2) + "\n")
 
 

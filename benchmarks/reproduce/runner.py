@@ -163,6 +163,7 @@ def _scores(folder: Path) -> dict[str, Any]:
         "metric": metric,
         "score": last[metric],
         "latent_score": results["rows"][0][metric],
+        "bytes": last["bytes"],
         "train_seconds": results["train_seconds"],
         "curve": curve,
     }

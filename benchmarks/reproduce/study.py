@@ -69,7 +69,7 @@ class Study:
     ```yaml
     about: One sentence.
     recipe: run_image_classification
-    config: digits                      # of recipes/configs
+    config: digits                      # of recipes/configs; also among the flags of a place
     flags: {max_steps: 600}             # of all runs
     axes:                               # axis → place → flags; the grid is their product
       depth: {4: {…}, 8: {…}}
@@ -147,5 +147,6 @@ def _runs(name: str, content: dict[str, Any], axes: dict[str, dict[str, Any]], g
                 )
             flags.update(axes[axis][place])
         flags.update(more)
-        runs.append(Run(name, content["recipe"], content.get("config"), {**flags, "seed": seed}, labels))
+        config = flags.pop("config", content.get("config"))
+        runs.append(Run(name, content["recipe"], config, {**flags, "seed": seed}, labels))
     return runs
