@@ -335,3 +335,19 @@ def test_the_default_is_stompp_on_weights_and_activations() -> None:
     assert (config.weights, config.activations) == (True, True)
     assert (config.progression, config.order) == ("layerwise", "forward")
     assert not config.never_freezes
+
+
+def test_presets() -> None:
+    assert BinarizationConfig.preset("resnet-w1a1") == BinarizationConfig()
+    bert = BinarizationConfig.preset("bert-w1a1", pooler=True)
+    assert (bert.replace_gelu, bert.activations, bert.pooler, bert.surrogate) == (True, True, True, "ste")
+    weights = BinarizationConfig.preset("weights-only")
+    assert weights.weights and not weights.activations
+    baseline = BinarizationConfig.preset("ste-baseline")
+    assert list(baseline.unit_fractions(1, 100, 3)) == [1.0, 1.0, 1.0] and baseline.surrogate == "ste"
+    assert BinarizationConfig.preset("weights-only", activations=True) == BinarizationConfig()  # a change wins
+
+
+def test_unknown_presets_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"preset: received 'bert'; allowed: bert-w1a1, resnet-w1a1"):
+        BinarizationConfig.preset("bert")

@@ -17,6 +17,8 @@ from hf_stompp.cli import main
 from hf_stompp.patching import binary_layers
 from hf_stompp.report import TrainingLog, plot
 
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
 UNITS = 4
 
 

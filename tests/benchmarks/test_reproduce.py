@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from benchmarks.reproduce import reporter, runner
+from benchmarks.reproduce.plain import PlainConfig, PlainForImageClassification
 from benchmarks.reproduce.study import ROOT, STUDIES, Study
+from hf_stompp import BinarizationConfig, binarize, calibrate, kernels, pack, summary
+from hf_stompp.checkpoint import load_complete
+from hf_stompp.patching import binary_layers
 
 GRID = {
     "about": "A test.",
@@ -156,6 +161,7 @@ def test_steps_that_are_needed() -> None:
 
 
 def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     tiny = study(tmp_path, plot={"x": "depth", "lines": "method"}, needed={"x": "depth", "of": 55})
     written(tiny, tmp_path / "r.jsonl", lambda run: 0.1 * int(run.labels["depth"]))
     text = reporter.report(tiny, tmp_path / "r.jsonl")
@@ -203,3 +209,18 @@ def test_a_run_that_fails_has_a_line_and_the_others_go_on(tmp_path: Path) -> Non
     errors = {line["labels"]["method"]: line["error"] for line in runner.read(tmp_path / "results" / "tiny.jsonl")}
     assert "The schedule cannot finish" in errors["too short"] and errors["right"] is None
     assert "1 of 2 runs" in done.stdout
+
+
+def test_a_model_that_transformers_does_not_have_is_packed_and_found_again(tmp_path: Path) -> None:
+    """The chain of the studies has no class in transformers: what is defined in the running program is found."""
+    images = {"pixel_values": torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    model = binarize(PlainForImageClassification(PlainConfig(depth=3, hidden_size=16)), BinarizationConfig())
+    assert [row.role for row in summary(model).rows[:5]] == ["stem", "encoder", "encoder", "encoder", "head"]
+    calibrate(model, images)
+    for layer in binary_layers(model).values():
+        layer.set_frozen(1.0, step=1)
+    pack(model).save_pretrained(tmp_path)
+    with kernels.use("reference"):
+        packed = load_complete(tmp_path)
+        assert type(packed) is PlainForImageClassification
+        assert torch.equal(packed(**images).logits, model.eval()(**images).logits)
