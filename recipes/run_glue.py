@@ -33,12 +33,12 @@ import synthetic
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
 from hf_stompp.scoring import decide
+from recipe_flags import parse_recipe
 from recipe_utils import (
     CommonArguments,
     bucket_by_length,
     describe,
     metrics_of,
-    parse_recipe,
     refuse_best_checkpoint,
     report,
     score,

@@ -32,17 +32,8 @@ from transformers import (
 
 from hf_stompp import BinarizationConfig, StomppCallback, binarize, summary
 from image_data import Images, ImageTask, Transforms, load_task
-from recipe_utils import (
-    CommonArguments,
-    describe,
-    metrics_of,
-    parse_recipe,
-    read_mapping,
-    refuse_best_checkpoint,
-    report,
-    score,
-    train,
-)
+from recipe_flags import parse_recipe, read_mapping
+from recipe_utils import CommonArguments, describe, metrics_of, refuse_best_checkpoint, report, score, train
 
 
 @dataclass

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_stompp import BinarizationConfig
 from hf_stompp.patching import binary_layers
-from recipe_utils import format_table, given_flags, parse_recipe, scale_losses, steps_of, write_json
+from recipe_flags import given_flags, parse_recipe
+from recipe_utils import format_table, scale_losses, steps_of, write_json
 from run_glue import RecipeArguments, check, load_model, make_trainer, prepare
 
 try:

@@ -158,7 +158,7 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
         if steps:
             axes.plot(steps, values, style, label=label, markersize=3)
     axes.set_ylabel("loss")
-    axes.set_title("Loss and score; a line where a unit is fully frozen", loc="left")
+    axes.set_title("Loss and score; grey: a unit is fully frozen", loc="left")
     scores = axes.twinx()
     for key, colour in zip(log.scores, ("tab:green", "tab:red", "tab:purple", "tab:brown"), strict=False):
         scores.plot(*log.series(key), "s-", color=colour, label=key.removeprefix("eval_"), markersize=3)
@@ -166,9 +166,9 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
     if not log.scores:
         scores.set_axis_off()
     lines = [*axes.get_lines(), *scores.get_lines()]
-    axes.legend(
-        handles=[line for line in lines if not line.get_label().startswith("_")], loc="center right", fontsize=8
-    )
+    named = [line for line in lines if not line.get_label().startswith("_")]
+    # Beside the title, where no line is.
+    axes.legend(handles=named, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
 
 
 def _draw_gradients(axes: Any, log: TrainingLog) -> None:

@@ -26,7 +26,7 @@ import run_image_classification as recipe
 from hf_stompp import BinarizationConfig, model_card, verify
 from hf_stompp.layers import PackedConv2d
 from image_data import load_task
-from recipe_utils import parse_recipe
+from recipe_flags import parse_recipe
 
 CONFIGS = Path(recipe.__file__).parent / "configs"
 TINY = ["--model_type", "resnet", "--config_overrides"]
