@@ -61,7 +61,7 @@ def table(study: Study, scores: Scores) -> str:
 def differences(study: Study, scores: Scores) -> str:
     """What each method has more than the baseline, of the same seed."""
     axis, baseline = next(iter(study.baseline.items()))
-    index, cells = study.axes.index(axis), {}
+    index, cells = list(study.axes).index(axis), {}
     for place, seeds in scores.items():
         other = scores.get((*place[:index], baseline, *place[index + 1 :]), {})
         paired = [score - other[seed] for seed, score in seeds.items() if seed in other]
@@ -73,7 +73,7 @@ def differences(study: Study, scores: Scores) -> str:
 def needed(study: Study, scores: Scores) -> str:
     """Where, between places of an axis of numbers, the mean score reaches a level: interpolated over logarithms."""
     axis, level = study.needed["x"], study.needed["of"]
-    index = study.axes.index(axis)
+    index = list(study.axes).index(axis)
     lines: dict[Place, list[tuple[float, float]]] = defaultdict(list)
     for place, seeds in scores.items():
         others = (*place[:index], "", *place[index + 1 :])
@@ -125,11 +125,9 @@ def _cell(values: list[float], sign: str = "") -> str:
 def _grid(study: Study, cells: Mapping[Place, str], without: str | None = None) -> str:
     """A Markdown table: a row for each place of the first axis of `study.table`, a column for those of the others."""
     row_axis, *column_axes = (axis for axis in study.table if axis != without)
-    rows: dict[str, dict[Place, str]] = defaultdict(dict)
-    columns: dict[Place, None] = {}
-    for run in study.runs:  # in the order of the file
-        columns.setdefault(tuple(run.labels[axis] for axis in column_axes))
-        rows[run.labels[row_axis]]
+    used = {tuple(run.labels[axis] for axis in column_axes) for run in study.runs}
+    columns = [column for column in itertools.product(*(study.axes[axis] for axis in column_axes)) if column in used]
+    rows: dict[str, dict[Place, str]] = {name: {} for name in study.axes[row_axis]}
     for place, cell in cells.items():
         labels = dict(zip(study.axes, place, strict=True))
         rows[labels[row_axis]][tuple(labels[axis] for axis in column_axes)] = cell
@@ -141,7 +139,7 @@ def _grid(study: Study, cells: Mapping[Place, str], without: str | None = None) 
 
 def draw(study: Study, scores: Scores, path: Path) -> None:
     """Mean scores over an axis of numbers, a line for each place of another, a panel for each of a third."""
-    index = study.axes.index(study.plot["x"])
+    index = list(study.axes).index(study.plot["x"])
     figure, panels = _panels(study, study.plot, list(scores))
     for axes, chosen in panels:
         for number, (name, places) in chosen:
@@ -180,9 +178,9 @@ def _panels(study: Study, chosen: Mapping[str, str], places: Sequence[Place]) ->
     """A figure; and for each of its panels the axes, and the places of each line with its name and number."""
     from matplotlib.figure import Figure  # for those who want pictures alone
 
-    line_axis = study.axes.index(chosen["lines"])
-    panel_axis = study.axes.index(chosen["panels"]) if "panels" in chosen else None
-    names = list(dict.fromkeys(run.labels[chosen["lines"]] for run in study.runs))
+    line_axis = list(study.axes).index(chosen["lines"])
+    panel_axis = list(study.axes).index(chosen["panels"]) if "panels" in chosen else None
+    names = study.axes[chosen["lines"]]
     titles = [study.name] if panel_axis is None else list(dict.fromkeys(place[panel_axis] for place in places))
     figure = Figure(figsize=(3.2 * len(titles) + 1, 3.6), layout="constrained")
     panels = []

@@ -87,14 +87,14 @@ class Study:
     Attributes:
         name, about (`str`): Of the study.
         runs (`tuple[Run, ...]`): All of them, those of the first seed first.
-        axes (`tuple[str, ...]`): Names of the axes.
+        axes (`dict[str, list[str]]`): Axis → its places.
         table, baseline, plot, needed, dips, curves: As in the file.
     """
 
     name: str
     about: str
     runs: tuple[Run, ...]
-    axes: tuple[str, ...]
+    axes: dict[str, list[str]]
     table: list[str]
     baseline: dict[str, str] | None
     plot: dict[str, Any] | None
@@ -126,8 +126,9 @@ class Study:
             for run in _runs(path.stem, content, axes, dict(grid)):
                 runs.setdefault(run.key, run)  # grids may overlap
         ordered = sorted(runs.values(), key=lambda run: run.flags["seed"])
+        places = {axis: list(each) for axis, each in axes.items()}
         optional = {key: content.get(key) for key in _SHOWN}
-        return cls(path.stem, content["about"], tuple(ordered), tuple(axes), content["table"], **optional)
+        return cls(path.stem, content["about"], tuple(ordered), places, content["table"], **optional)
 
 
 def _runs(name: str, content: dict[str, Any], axes: dict[str, dict[str, Any]], grid: dict[str, Any]) -> list[Run]:
