@@ -149,5 +149,8 @@ def _runs(name: str, content: dict[str, Any], axes: dict[str, dict[str, Any]], g
             flags.update(axes[axis][place])
         flags.update(more)
         config = flags.pop("config", content.get("config"))
-        runs.append(Run(name, content["recipe"], config, {**flags, "seed": seed}, labels))
+        flags["seed"] = seed
+        if flags.get("order") == "random":  # each seed has an order of its own
+            flags["mask_seed"] = seed
+        runs.append(Run(name, content["recipe"], config, flags, labels))
     return runs
