@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from benchmarks.reproduce.runner import RESULTS, run_study
+from benchmarks.reproduce.runner import identity, run_study
 from benchmarks.reproduce.study import ROOT, Study
 from hf_stompp import pack
 from hf_stompp.scoring import predict, read_split, text_encoder
@@ -49,21 +49,23 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "embeddings.json")
     args = parser.parse_args()
     places = {"model_name_or_path": args.model_name_or_path, "dataset_dir": args.dataset_dir}
+    flags = {name: place for name, place in places.items() if place}
     study = Study.read("embeddings")
     run_study(
         study,
-        RESULTS / "embeddings.jsonl",
+        args.work_dir / "embeddings.jsonl",
         args.work_dir,
         jobs=1,
-        flags={name: place for name, place in places.items() if place},
+        flags=flags,
     )
-    trained, binarized = (args.work_dir / run.key for run in study.runs)
+    trained, binarized = (args.work_dir / identity(run, flags) for run in study.runs)
     data = read_split("nyu-mll/glue", "sst2", "validation", args.dataset_dir)
     print("| embedding tables | file | accuracy |\n|---|---|---|")
     rows = [measure(name, trained, data, **how) for name, how in PACKED]
     rows.append(measure("1-bit tables, binarized in training", binarized, data))
     results = json.loads((trained / "results.json").read_text())
     settings = {key: results[key] for key in ("steps", "batch_size", "learning_rate", "seed")}
+    assert settings.items() <= json.loads((binarized / "results.json").read_text()).items()
     args.output.write_text(json.dumps({"torch": torch.__version__, **settings, "rows": rows}, indent=2) + "\n")
 
 

@@ -129,6 +129,8 @@ class StomppCallback(TrainerCallback, ExportableState):
                 )
         # Hooks would break a compiled graph, and FSDP has its own around the layers.
         hooked = not (args.torch_compile or any(is_sharded(layer.weight) for layer in self._layers.values()))
+        if self._probes is not None:
+            self._probes.stop()  # of a training that ended in the middle of a step
         self._probes = Probes(self._layers, gradients=hooked)
         state.stateful_callbacks[type(self).__name__] = self.state()  # or it would be in checkpoints alone
 
@@ -310,8 +312,12 @@ def _show_in_tensorboard(state: TrainerState) -> None:
     writers = [getattr(callback, "tb_writer", None) for callback in (handler.callbacks if handler else ())]
     writer = next((each for each in writers if each is not None), None)
     if writer is not None and importlib.util.find_spec("matplotlib") is not None:
-        log = TrainingLog.of(dataclasses.asdict(state))
-        writer.add_figure("stompp/dynamics", plot(log), global_step=state.global_step)
+        try:
+            figure = plot(TrainingLog.of(dataclasses.asdict(state)))
+        except (ArithmeticError, TypeError, ValueError) as error:  # a picture must not cost a trained model
+            logger.warning(f"TensorBoard gets no picture of this training: {error}")
+            return
+        writer.add_figure("stompp/dynamics", figure, global_step=state.global_step)
 
 
 def check_schedule(model: nn.Module, max_steps: int) -> None:

@@ -85,7 +85,7 @@ def model_class(architectures: list[str] | None, what: str) -> Any:
 def _own_class(name: str, base: type) -> type | None:
     """The class of this name among those that derive from `base` and are defined already: nothing is imported."""
     derived: type
-    for derived in base.__subclasses__():
+    for derived in reversed(base.__subclasses__()):  # the newest, where a notebook has defined it again
         found = derived if derived.__name__ == name else _own_class(name, derived)
         if found is not None:
             return found

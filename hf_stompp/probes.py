@@ -63,11 +63,12 @@ class Probes:
 
     def gradient_norms(self) -> list[float]:
         """Of each unit, 0 where no gradient came; nothing at all if nothing was measured."""
-        if not self._squares:
+        measured, self._squares = self._squares, {}
+        if not measured:
             return []
-        device = next(iter(self._squares.values())).device
+        device = next(iter(measured.values())).device
         zero = torch.zeros((), device=device)
-        squares = [self._squares.get(unit, zero).to(device) for unit in range(self._units)]
+        squares = [measured.get(unit, zero).to(device) for unit in range(self._units)]
         return [_short(norm) for norm in torch.stack(squares).sqrt().tolist()]
 
     def _read_signs(self) -> dict[str, Tensor]:
@@ -78,8 +79,8 @@ class Probes:
             output.register_hook(partial(self._add, unit))
 
     def _add(self, unit: int, gradient: Tensor) -> None:
-        square = gradient.detach().float().square().sum()
-        self._squares[unit] = self._squares[unit] + square if unit in self._squares else square
+        square, before = gradient.detach().float().square().sum(), self._squares.get(unit)
+        self._squares[unit] = square if before is None else before + square.to(before.device)
 
 
 def _short(value: float) -> float:

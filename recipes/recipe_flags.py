@@ -62,7 +62,7 @@ def _parser(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, 
         argv = argv[1:]
         parser.set_defaults(**{key: None for key, value in values.items() if value is None})
         for key, value in values.items():
-            from_file += _as_flags(key, value)
+            from_file += as_flags(key, value)
     return parser, [*from_file, *argv]
 
 
@@ -83,7 +83,8 @@ def _hint(name: str, flags: Iterable[str]) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else "Run the script with --help to see them all."
 
 
-def _as_flags(key: str, value: Any) -> list[str]:
+def as_flags(key: str, value: Any) -> list[str]:
+    """The words of a command line that set a flag to a value, as YAML has it; none for `None`."""
     if value is None:  # argparse has no word for None: it is set as a default
         return []
     if isinstance(value, list):

@@ -112,7 +112,7 @@ def test_the_log_is_all_that_a_picture_needs(trained: Path) -> None:
     assert list(steps) == list(range(1, 17)) and fractions.shape == (UNITS, 16)
     # Windows of 2 of the first 8 steps, one unit after the other.
     assert [int(row.argmax()) for row in fractions >= 1] == [1, 3, 5, 7]
-    assert log.windows() == [2, 4, 6]
+    assert log.windows() == [2, 4, 6, 8]
     for ending in ("png", "svg"):
         plot(trained, trained / f"picture.{ending}")
         assert (trained / f"picture.{ending}").stat().st_size > 10_000
@@ -122,9 +122,7 @@ def test_what_the_picture_shows(trained: Path) -> None:
     log = TrainingLog.read(trained)
     figure = plot(log)
     front, losses, gradients, flips = figure.axes[:4]
-    (mesh,) = (
-        child for child in front.get_children() if hasattr(child, "get_array") and child.get_array() is not None
-    )
+    (mesh,) = (child for child in front.get_children() if hasattr(child, "get_coordinates"))
     assert mesh.get_array().reshape(UNITS, 16).tolist() == log.fractions()[1].tolist()
     lines = {line.get_label(): list(line.get_ydata()) for line in losses.get_lines()}
     assert lines["training loss"] == log.series("loss")[1]
@@ -133,6 +131,64 @@ def test_what_the_picture_shows(trained: Path) -> None:
     assert len(names) == UNITS and names[0].endswith("query +2")
     assert front.yaxis_inverted() and gradients.yaxis_inverted()
     assert list(flips.get_lines()[0].get_ydata()) == log.series("flip_ratio")[1]
+
+
+def with_logs(state: dict[str, Any], **changes: Any) -> TrainingLog:
+    """The log of a state with other values in the entries of training."""
+    history = [entry | changes if "loss" in entry else entry for entry in state["log_history"]]
+    return TrainingLog.of(state | {"log_history": history})
+
+
+def test_windows_are_exact_in_long_runs(trained: Path) -> None:
+    state = json.loads((trained / "trainer_state.json").read_text())
+    log = TrainingLog.of(state | {"max_steps": 20_000, "log_history": [{"step": 20_000, "loss": 1.0}]})
+    assert log.windows() == [2500, 5000, 7500, 10_000]
+    stopped = TrainingLog.of(state | {"max_steps": 20_000, "log_history": [{"step": 6000, "loss": 1.0}]})
+    assert stopped.windows() == [2500, 5000] and stopped.fractions()[0][-1] == 6000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unit_gradients": [math.inf, math.nan, 1.0, 0.0]},
+        {"unit_gradients": [0.0] * UNITS},
+        {"unit_gradients": []},
+        {"eval_f1": [0.5, 0.5], "eval_report": {"a": 1}, "eval_name": "x"},
+        {"loss": math.nan},
+    ],
+    ids=str,
+)
+def test_pictures_of_odd_logs(changes: dict[str, Any], trained: Path, tmp_path: Path) -> None:
+    state = json.loads((trained / "trainer_state.json").read_text())
+    figure = plot(with_logs(state, **changes), tmp_path / "odd.png")
+    assert "eval_f1" not in with_logs(state, **changes).scores and len(figure.axes) >= 5
+
+
+def test_one_unit_and_one_log_have_an_area(trained: Path) -> None:
+    state = json.loads((trained / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["StomppCallback"]["attributes"]["units"] = [["a"]]
+    log = TrainingLog.of(state | {"log_history": [{"step": 3, "loss": 1.0, "unit_gradients": [1.0]}]})
+    for axes in (plot(log).axes[0], plot(log).axes[2]):
+        (mesh,) = (child for child in axes.get_children() if hasattr(child, "get_coordinates"))
+        corners = mesh.get_coordinates().reshape(-1, 2)
+        assert (corners.max(axis=0) - corners.min(axis=0) > 0).all()
+
+
+def test_a_training_that_ends_in_a_measured_step_leaves_no_hooks(make_model: Callable, make_trainer: Callable) -> None:
+    class Interrupts(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    model = make_model()
+    trainer = make_trainer(model)
+    trainer.add_callback(Interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert any(layer._forward_hooks for layer in binary_layers(model).values())
+    trainer.remove_callback(Interrupts)
+    trainer.train()
+    assert not any(layer._forward_hooks for layer in binary_layers(model).values())
 
 
 def test_the_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

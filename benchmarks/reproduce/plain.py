@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
+ACTIVATIONS = {"relu": nn.ReLU, "hardtanh": nn.Hardtanh}
+
 
 class PlainConfig(PreTrainedConfig):
     """Depth, width and activation of a [`PlainForImageClassification`], and the images that it takes."""
@@ -46,7 +48,7 @@ class Block(nn.Module):
         super().__init__()
         self.linear = nn.Linear(inputs, config.hidden_size, bias=False)
         self.norm = nn.BatchNorm1d(config.hidden_size)
-        self.activation = nn.ReLU() if config.hidden_act == "relu" else nn.Hardtanh()
+        self.activation = ACTIVATIONS[config.hidden_act]()
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.activation(self.norm(self.linear(hidden)))

@@ -3,7 +3,7 @@
 import itertools
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,35 @@ Place = tuple[str, ...]
 Lines = dict[Place, dict[int, Any]]
 """Place in the grid, in the order of the axes → seed → the line of the run."""
 Scores = dict[Place, dict[int, float]]
-"""The same, of scores in percent."""
+"""The same, of scores times 100."""
 
 
 def report(study: Study, results: Path) -> str:
-    """The study's tables in Markdown; its pictures are written beside the results."""
+    """The study's tables, in Markdown."""
     lines, failed = collect(study, results)
-    scores = {place: {seed: 100 * line["score"] for seed, line in runs.items()} for place, runs in lines.items()}
+    scores = _scores(lines)
     made = f"{sum(map(len, scores.values()))} of {len(study.runs)} runs"
-    parts = [f"## {study.name}\n\n{study.about.strip()} {made}; final checkpoints, in percent."]
+    parts = [f"## {study.name}\n\n{study.about.strip()} {made}; final checkpoints, times 100."]
     parts += [f"{len(failed)} runs ended with an error, as: {failed[0]}"] if failed else []
     if scores:
         parts.append(table(study, scores))
         parts += [differences(study, scores)] if study.baseline else []
         parts += [needed(study, scores)] if study.needed else []
         parts += [dips(study, lines)] if study.dips else []
-        if study.plot:
-            draw(study, scores, results.with_suffix(".svg"))
-        if study.curves:
-            draw_curves(study, lines, results.with_name(f"{results.stem}_curves.svg"))
     return "\n\n".join(parts) + "\n"
+
+
+def draw_all(study: Study, results: Path) -> None:
+    """The study's pictures, beside the results."""
+    lines, _ = collect(study, results)
+    if lines and study.plot:
+        draw(study, _scores(lines), results.with_suffix(".svg"))
+    if lines and study.curves:
+        draw_curves(study, lines, results.with_name(f"{results.stem}_curves.svg"))
+
+
+def _scores(lines: Lines) -> Scores:
+    return {place: {seed: 100 * line["score"] for seed, line in runs.items()} for place, runs in lines.items()}
 
 
 def collect(study: Study, results: Path) -> tuple[Lines, list[str]]:
@@ -54,8 +63,13 @@ def collect(study: Study, results: Path) -> tuple[Lines, list[str]]:
 
 
 def table(study: Study, scores: Scores) -> str:
-    """Means and standard deviations."""
-    return _grid(study, {place: _cell(list(seeds.values())) for place, seeds in scores.items()})
+    """Means and standard deviations, and of how many seeds where some have no score."""
+    seeds = Counter(tuple(run.labels[axis] for axis in study.axes) for run in study.runs)
+    cells = {}
+    for place, values in scores.items():
+        missing = f" ({len(values)} of {seeds[place]})" if len(values) < seeds[place] else ""
+        cells[place] = _cell(list(values.values())) + missing
+    return _grid(study, cells)
 
 
 def differences(study: Study, scores: Scores) -> str:
@@ -71,37 +85,52 @@ def differences(study: Study, scores: Scores) -> str:
 
 
 def needed(study: Study, scores: Scores) -> str:
-    """Where, between places of an axis of numbers, the mean score reaches a level: interpolated over logarithms."""
+    """Where, between places of an axis of numbers, the score reaches a level: of each seed, then their mean."""
     axis, level = study.needed["x"], study.needed["of"]
     index = list(study.axes).index(axis)
-    lines: dict[Place, list[tuple[float, float]]] = defaultdict(list)
+    lines: dict[Place, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for place, seeds in scores.items():
         others = (*place[:index], "", *place[index + 1 :])
-        lines[others].append((float(place[index]), statistics.mean(seeds.values())))
-    cells = {place: reached(sorted(points), level) for place, points in lines.items()}
+        for seed, score in seeds.items():
+            lines[others][seed].append((float(place[index]), score))
+    ends = sorted(float(place) for place in study.axes[axis])
+    cells = {}
+    for place, of_seeds in lines.items():
+        if all(len(points) > 1 for points in of_seeds.values()):
+            cells[place] = _reached_cell([reached(sorted(points), level) for points in of_seeds.values()], ends)
     return f"{axis.capitalize()} needed for {level} %:\n\n{_grid(study, cells, without=axis)}"
 
 
-def reached(points: Sequence[tuple[float, float]], level: float) -> str:
-    """The first x at which a line through `points` is at `level`.
+def reached(points: Sequence[tuple[float, float]], level: float) -> float:
+    """The first x at which a line through `points`, over the logarithm of x, is at `level`; infinity if nowhere.
 
     Example:
 
-        >>> reached([(100, 50.0), (400, 90.0)], 70)
-        '200'
+        >>> round(reached([(100, 50.0), (400, 90.0)], 70))
+        200
     """
-    first, last = points[0], points[-1]
-    if first[1] >= level:
-        return f"< {first[0]:g}"
+    if points[0][1] >= level:
+        return points[0][0]
     for (x, y), (next_x, next_y) in itertools.pairwise(points):
         if next_y >= level:
-            return f"{math.exp(math.log(x) + (level - y) / (next_y - y) * math.log(next_x / x)):.0f}"
-    return f"> {last[0]:g}"
+            return math.exp(math.log(x) + (level - y) / (next_y - y) * math.log(next_x / x))
+    return math.inf
+
+
+def _reached_cell(values: list[float], ends: list[float]) -> str:
+    whole = [value for value in values if math.isfinite(value)]
+    if len(whole) < len(values):
+        return f"> {ends[-1]:g}" + (f" ({len(values) - len(whole)} of {len(values)})" if whole else "")
+    if max(whole) <= ends[0]:
+        return f"≤ {ends[0]:g}"
+    return f"{statistics.mean(whole):.0f}" + (f" ± {statistics.stdev(whole):.0f}" if len(whole) > 1 else "")
 
 
 def dips(study: Study, lines: Lines) -> str:
     """How far a score fell, on the way, below the best that it had been before."""
-    cells = {place: _cell([dip(line["curve"], study.dips) for line in runs.values()]) for place, runs in lines.items()}
+    cells = {
+        place: _cell([dip(line["curve"] or [], study.dips) for line in runs.values()]) for place, runs in lines.items()
+    }
     return f"The largest fall of {study.dips.removeprefix('eval_')} on the way:\n\n{_grid(study, cells)}"
 
 
@@ -114,7 +143,8 @@ def dip(curve: Sequence[Mapping[str, float]], key: str) -> float:
         30
     """
     values = [entry[key] for entry in curve if key in entry]
-    return 100 * max(best - value for best, value in zip(itertools.accumulate(values, max), values, strict=True))
+    falls = (best - value for best, value in zip(itertools.accumulate(values, max), values, strict=True))
+    return 100 * max(falls, default=math.nan)
 
 
 def _cell(values: list[float], sign: str = "") -> str:
@@ -164,7 +194,7 @@ def draw_curves(study: Study, lines: Lines, path: Path) -> None:
         for number, (name, places) in chosen:
             logged: dict[int, list[float]] = defaultdict(list)
             for line in (line for place in places for line in lines[place].values()):
-                for entry in line["curve"]:
+                for entry in line["curve"] or []:
                     if key in entry:
                         logged[entry["step"]].append(entry[key])
             means = [statistics.mean(values) for _, values in sorted(logged.items())]

@@ -1,6 +1,7 @@
 """Makes the runs of a study: each once, several at a time, one line of JSON for each that has ended."""
 
 import contextlib
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -20,6 +22,8 @@ from tqdm import tqdm
 from benchmarks.reproduce.study import ROOT, Run, Study
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
+PLACES = ("dataset_dir",)
+"""Flags that say where something is on this machine, and change no outcome."""
 _CURVE = ("loss", "eval_accuracy", "eval_matthews_correlation", "frozen_fraction", "flip_ratio")
 
 
@@ -42,34 +46,42 @@ def run_study(study: Study, results: Path, work_dir: Path, jobs: int, flags: dic
         results (`Path`): File of JSON lines, to which they are added.
         work_dir (`Path`): Where the runs write to, each to a folder of its own.
         jobs (`int`): Runs at a time; they share the processor's threads.
-        flags (`dict`): More flags of the recipe that name what differs from machine to machine, as `dataset_dir`:
-            they are not part of a run's settings.
+        flags (`dict`): More flags of the recipe, for all runs, as `model_name_or_path`. A run with others is another
+            run, but for those in `PLACES`.
     """
-    done = {line["key"] for line in read(results) if line["error"] is None}
-    missing = [run for run in study.runs if run.key not in done]
+    done = {line["identity"] for line in read(results) if line["error"] is None}
+    missing = [run for run in study.runs if identity(run, flags) not in done]
     print(f"{study.name}: {len(study.runs)} runs, of which {len(missing)} are to be made; they write to {work_dir}")
     results.parent.mkdir(parents=True, exist_ok=True)
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads,)) as pool,
-        tqdm(total=len(missing), desc=study.name) as bar,
-    ):
-        made = {pool.submit(execute, run, str(work_dir / run.key), flags): run for run in missing}
-        for future in as_completed(made):
-            line = {**_described(made[future]), **future.result(), **_environment()}
-            _append(results, line)
-            bar.update()
-            score = line["error"] or f"{line['score']:.3f}"
-            bar.write(f"{line['study']} {line['labels']} seed {line['seed']}: {score}, {line['seconds']:.0f} s")
+    pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads,))
+    try:
+        with tqdm(total=len(missing), desc=study.name) as bar:
+            made = {pool.submit(execute, run, str(work_dir / identity(run, flags)), flags): run for run in missing}
+            for future in as_completed(made):
+                line = {**_described(made[future], flags), **future.result(), **_environment()}
+                _append(results, line)
+                bar.update()
+                score = line["error"] or f"{line['score']:.3f}"
+                bar.write(f"{line['study']} {line['labels']} seed {line['seed']}: {score}, {line['seconds']:.0f} s")
+    finally:  # after an interrupt, without those that have not begun
+        pool.shutdown(cancel_futures=True)
 
 
-def _described(run: Run) -> dict[str, Any]:
+def identity(run: Run, flags: dict[str, Any]) -> str:
+    """Of a run with the flags that its study does not have."""
+    more = {name: value for name, value in flags.items() if name not in PLACES}
+    return hashlib.sha256(json.dumps([run.key, more], sort_keys=True).encode()).hexdigest()[:16] if more else run.key
+
+
+def _described(run: Run, flags: dict[str, Any]) -> dict[str, Any]:
     return {
         "study": run.study,
         "labels": run.labels,
         "seed": run.flags["seed"],
         "key": run.key,
+        "identity": identity(run, flags),
         "recipe": run.recipe,
         "config": run.config,
         "flags": run.flags,
@@ -120,6 +132,9 @@ def _start(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    if (devices := torch.cuda.device_count()) > 1:  # or the Trainer would spread each run over all of them
+        number = int(multiprocessing.current_process().name.rsplit("-", 1)[-1])
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % devices)
 
 
 def _end_with_parent() -> None:
@@ -142,7 +157,8 @@ def execute(run: Run, folder: str, flags: dict[str, Any]) -> dict[str, Any]:
             importlib.import_module("benchmarks.reproduce.plain")  # for those that train it
             if not results.exists():  # of a run that has ended just before its line was written
                 importlib.import_module(run.recipe).main([*run.argv, "--output_dir", folder, *more])
-        except (ArithmeticError, OSError, RuntimeError, ValueError) as failure:
+        except (Exception, SystemExit) as failure:  # argparse exits; whatever it is, the other runs go on
+            traceback.print_exc()
             error = " ".join(f"{type(failure).__name__}: {failure}".split())
     outcome = {"error": error, "seconds": round(time.monotonic() - begin, 1)}
     return {**outcome, **(_scores(Path(folder)) if error is None else {"score": None, "curve": None})}

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from recipes.recipe_flags import as_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = Path(__file__).parent / "studies"
@@ -31,13 +33,13 @@ class Run:
     recipe: str
     config: str | None
     flags: dict[str, Any]
-    labels: dict[str, str] = field(hash=False)
+    labels: dict[str, str]
 
     @property
     def key(self) -> str:
-        """Of all that decides on the outcome: a run with other settings is another run.
+        """Of all settings that the study gives: a run with others is another run.
 
-        Labels do not, so that a row may be renamed.
+        Labels are none, so that a row may be renamed; what the defaults are says the commit in the line of a run.
         """
         settings = [self.recipe, _content(self.config), self.flags]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
@@ -47,19 +49,13 @@ class Run:
         """The command line after the script's name, without its `--output_dir`."""
         words = [] if self.config is None else [f"recipes/configs/{self.config}.yaml"]
         for name, value in self.flags.items():
-            words += _flag(name, value)
+            words += as_flags(name, value)
         return words
 
 
 def _content(config: str | None) -> Any:
     path = ROOT / "recipes" / "configs" / f"{config}.yaml"
     return None if config is None else yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class Study:
 
         Raises:
             FileNotFoundError: There is none.
-            ValueError: A key, or a place of an axis, is unknown.
+            ValueError: A key, an axis, or a place of one, is unknown; or two grids contradict each other.
         """
         path = Path(name) if name.endswith(".yaml") else STUDIES / f"{name}.yaml"
         if not path.is_file():
@@ -124,10 +120,13 @@ class Study:
         runs = {}
         for grid in content.get("grids", [{}]):
             for run in _runs(path.stem, content, axes, dict(grid)):
-                runs.setdefault(run.key, run)  # grids may overlap
+                place = (*run.labels.values(), run.flags["seed"])
+                if runs.setdefault(place, run).key != run.key:  # grids may overlap, but not contradict each other
+                    raise ValueError(f"{path}: two grids have other flags for {run.labels}, seed {run.flags['seed']}.")
         ordered = sorted(runs.values(), key=lambda run: run.flags["seed"])
         places = {axis: list(each) for axis, each in axes.items()}
         optional = {key: content.get(key) for key in _SHOWN}
+        _check_axes(path, content, axes)
         return cls(path.stem, content["about"], tuple(ordered), places, content["table"], **optional)
 
 
@@ -154,3 +153,16 @@ def _runs(name: str, content: dict[str, Any], axes: dict[str, dict[str, Any]], g
             flags["mask_seed"] = seed
         runs.append(Run(name, content["recipe"], config, flags, labels))
     return runs
+
+
+def _check_axes(path: Path, content: dict[str, Any], axes: dict[str, Any]) -> None:
+    """Before hours of runs, of which no report could be made."""
+    named = {"table": content["table"], "baseline": content.get("baseline", {})}
+    for part, keys in {"plot": ("x", "lines", "panels"), "curves": ("lines", "panels"), "needed": ("x",)}.items():
+        named[part] = [content[part][key] for key in keys if key in content.get(part, {})]
+    for part, names in named.items():
+        for name in names:
+            if name not in axes:
+                raise ValueError(f"{path}: {part} names the axis {name!r}; allowed: {', '.join(axes)}.")
+    if set(content["table"]) != set(axes):
+        raise ValueError(f"{path}: table is {content['table']}; allowed: all axes, {', '.join(axes)}, in any order.")

@@ -1,10 +1,12 @@
 """`plot`: the dynamics of a training with `StomppCallback`, drawn from its log alone."""
 
+import bisect
 import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,11 @@ POINTS = 400
 class TrainingLog:
     """What a training has logged.
 
+    Example:
+
+        >>> log = TrainingLog.read("out/sst2")  # doctest: +SKIP
+        >>> steps, accuracies = log.series("eval_accuracy")  # doctest: +SKIP
+
     Attributes:
         config (`BinarizationConfig`): What it was trained with.
         max_steps (`int`): Optimizer steps of the whole run.
@@ -36,6 +43,9 @@ class TrainingLog:
     @classmethod
     def read(cls, source: str | os.PathLike[str]) -> "TrainingLog":
         """Reads a `trainer_state.json`, that of a checkpoint, or that of a Trainer's output folder.
+
+        Args:
+            source (`str` or `Path`): The file or folder.
 
         Raises:
             FileNotFoundError: There is none.
@@ -58,12 +68,20 @@ class TrainingLog:
 
     @classmethod
     def of(cls, state: dict[str, Any], name: str = "the state") -> "TrainingLog":
-        """The log in a Trainer's state, as its `trainer_state.json` has it."""
-        saved = state.get("stateful_callbacks", {}).get("StomppCallback", {})
+        """The log in a Trainer's state, as its `trainer_state.json` has it.
+
+        Raises:
+            ValueError: It is not of a training with `StomppCallback`.
+        """
+        callbacks = state.get("stateful_callbacks", {}) if isinstance(state, dict) else {}
+        saved = callbacks.get("StomppCallback", {})
         saved = saved[-1] if isinstance(saved, list) else saved
         attributes = saved.get("attributes", {})
         if "trained_with" not in attributes or "units" not in attributes:
-            raise ValueError(f"log: {name} is not of a training with StomppCallback; allowed: one that is.")
+            raise ValueError(
+                f"log: {name} is not of a training with StomppCallback, or of one by an older version; allowed: the "
+                "log of a training with this one."
+            )
         config = BinarizationConfig.from_dict(attributes["trained_with"])
         return cls(config, state["max_steps"], attributes["units"], state["log_history"])
 
@@ -77,19 +95,33 @@ class TrainingLog:
         """The keys of evaluation scores in [-1, 1], as `eval_accuracy`."""
         keys = dict.fromkeys(key for entry in self.history for key in entry if key.startswith("eval_"))
         timed = ("loss", "_runtime", "_per_second", "_preparation_time")
-        return [key for key in keys if not key.endswith(timed) and all(abs(v) <= 1 for v in self.series(key)[1])]
+        return [key for key in keys if not key.endswith(timed) and all(map(_is_score, self.series(key)[1]))]
+
+    @property
+    def last_step(self) -> int:
+        """The step of the last log: a run may have been stopped before `max_steps`."""
+        return self.history[-1]["step"] if self.history else self.max_steps
 
     def fractions(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps, and the frozen fraction of each unit at each of them, `[units, steps]`."""
-        steps = np.unique(np.linspace(1, self.max_steps, min(self.max_steps, POINTS)).astype(int))
-        columns = [self.config.unit_fractions(int(step), self.max_steps, len(self.units)) for step in steps]
-        return steps, np.array(columns).T
+        """Steps up to the last log, and the frozen fraction of each unit at each of them, `[units, steps]`."""
+        steps = np.unique(np.linspace(1, self.last_step, min(self.last_step, POINTS)).astype(int))
+        return steps, np.array([self._at(int(step)) for step in steps]).T
 
     def windows(self) -> list[int]:
-        """The steps at which the units are fully frozen, without the last one's."""
-        steps, fractions = self.fractions()
-        ends = {int(steps[np.argmax(row >= 1)]) for row in fractions if (row >= 1).any()}
-        return sorted(ends)[:-1]
+        """The steps up to the last log in which a unit was fully frozen."""
+        steps = range(1, self.last_step + 1)
+        ends = {bisect.bisect_left(steps, True, key=partial(self._is_frozen, unit)) for unit in range(len(self.units))}
+        return sorted(steps[end] for end in ends if end < len(steps))
+
+    def _is_frozen(self, unit: int, step: int) -> bool:
+        return self._at(step)[unit] >= 1
+
+    def _at(self, step: int) -> Sequence[float]:
+        return self.config.unit_fractions(step, self.max_steps, len(self.units))
+
+
+def _is_score(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= 1
 
 
 def plot(log: TrainingLog | str | os.PathLike[str], output: str | os.PathLike[str] | None = None) -> Any:
@@ -132,17 +164,19 @@ def plot(log: TrainingLog | str | os.PathLike[str], output: str | os.PathLike[st
 
 def _draw_front(axes: Any, log: TrainingLog) -> None:
     steps, fractions = log.fractions()
-    image = axes.pcolormesh(steps, range(len(log.units)), fractions, cmap="viridis", vmin=0, vmax=1, shading="nearest")
-    axes.figure.colorbar(image, ax=axes, label="frozen fraction", pad=0.01)
+    _draw_units(axes, log, steps, fractions, "frozen fraction", cmap="viridis", vmin=0, vmax=1)
     axes.set_title("Frozen fraction of each unit: the front", loc="left")
-    _name_units(axes, log)
 
 
-def _name_units(axes: Any, log: TrainingLog) -> None:
+def _draw_units(axes: Any, log: TrainingLog, steps: Any, values: np.ndarray, label: str, **how: Any) -> None:
+    """A row for each unit, the input on top; a column for each of `steps`, from the one before it."""
+    first = steps[0] - (steps[1] - steps[0] if len(steps) > 1 else 1)
+    image = axes.pcolormesh([first, *steps], np.arange(len(log.units) + 1) - 0.5, values, **how)
+    axes.figure.colorbar(image, ax=axes, label=label, pad=0.01)
     count = len(log.units)
     places = sorted({round(i * (count - 1) / max(1, min(count, 8) - 1)) for i in range(min(count, 8))})
     axes.set_yticks(places, [_short(log.units[place]) for place in places], fontsize=7)
-    axes.invert_yaxis()  # the input on top
+    axes.invert_yaxis()
 
 
 def _short(names: Sequence[str]) -> str:
@@ -177,13 +211,11 @@ def _draw_gradients(axes: Any, log: TrainingLog) -> None:
     if not steps:
         axes.text(0.5, 0.5, "not logged (it is not under torch.compile)", transform=axes.transAxes, ha="center")
         return
-    logarithms = np.log10(np.maximum(np.array(norms).T, 1e-12))
-    top = math.ceil(logarithms.max())
-    image = axes.pcolormesh(
-        steps, range(len(log.units)), logarithms, cmap="magma", vmin=top - 6, vmax=top, shading="nearest"
-    )
-    axes.figure.colorbar(image, ax=axes, label="log10 of its norm", pad=0.01)
-    _name_units(axes, log)
+    values = np.array(norms, dtype=float).T
+    values = np.where(np.isfinite(values), values, np.nan)  # of a step that a gradient scaler has skipped
+    top = math.ceil(np.log10(np.nanmax(values, initial=1e-12)))
+    logarithms = np.log10(np.maximum(values, 1e-12))
+    _draw_units(axes, log, steps, logarithms, "log10 of its norm", cmap="magma", vmin=top - 6, vmax=top)
 
 
 def _draw_flips(axes: Any, log: TrainingLog) -> None:

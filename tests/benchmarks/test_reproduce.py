@@ -1,6 +1,9 @@
 """The studies of benchmarks/reproduce: what their files say, that each run is made once, and what is said of it."""
 
+import dataclasses
+import importlib
 import json
+import math
 import signal
 import statistics
 import subprocess
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from benchmarks.reproduce import reporter, runner
 from benchmarks.reproduce.plain import PlainConfig, PlainForImageClassification
@@ -32,6 +36,9 @@ GRID = {
     "seeds": [0, 1],
     "table": ["method", "depth"],
 }
+
+
+BINARIZATION = {field.name for field in dataclasses.fields(BinarizationConfig)}
 
 
 def study(tmp_path: Path, **changes: Any) -> Study:
@@ -61,7 +68,13 @@ def test_grids_may_overlap(tmp_path: Path) -> None:
     places = {(run.labels["depth"], run.labels["method"], run.flags["seed"]) for run in tiny.runs}
     first = {("2", method, seed) for method in ("STE", "StoMPP") for seed in (0, 1)}
     second = {(depth, "STE", seed) for depth in ("2", "4") for seed in (0, 7)}
-    assert places == first | second and len(tiny.runs) == len(places)
+    assert places == first | second and len(tiny.runs) == len(places) == 7
+
+
+def test_a_random_order_is_another_one_for_each_seed(tmp_path: Path) -> None:
+    tiny = study(tmp_path, axes={"order": {"forward": {}, "random": {"order": "random"}}}, table=["order"])
+    seeds = [(run.flags["seed"], run.flags.get("mask_seed")) for run in tiny.runs]
+    assert seeds == [(0, None), (0, 0), (1, None), (1, 1)]
 
 
 def test_a_grid_may_have_flags_of_its_own(tmp_path: Path) -> None:
@@ -84,6 +97,9 @@ def test_a_key_is_of_the_settings_alone(tmp_path: Path) -> None:
     [
         ({"colour": 1}, "received the key 'colour'; allowed: about, axes"),
         ({"grids": [{"depth": [3]}]}, "the axis 'depth' has no '3'; allowed: 2, 4"),
+        ({"grids": [{}, {"depth": [4], "flags": {"clip": 1}}]}, "two grids have other flags for .*'depth': '4'"),
+        ({"table": ["method"]}, "table is .*; allowed: all axes, depth, method"),
+        ({"plot": {"x": "steps", "lines": "method"}}, "plot names the axis 'steps'; allowed: depth, method"),
         ({"grids": [{"width": [3]}]}, "a grid has the axis 'width'; allowed: depth, method, flags, seeds"),
     ],
 )
@@ -97,14 +113,15 @@ def test_an_unknown_study_is_refused() -> None:
         Study.read("depht")
 
 
-@pytest.mark.parametrize("path", sorted(STUDIES.rglob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shipped_studies_can_be_read(path: Path) -> None:
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_shipped_studies_can_be_run(path: Path) -> None:
     shipped = Study.read(str(path))
-    assert shipped.runs and set(shipped.table) == set(shipped.axes)
-    assert len({run.key for run in shipped.runs}) == len(shipped.runs)
-    for run in shipped.runs[:1]:
-        sys.path.insert(0, str(ROOT / "recipes"))
-        assert (ROOT / "recipes" / f"{run.recipe}.py").exists()
+    recipe = importlib.import_module(shipped.runs[0].recipe)
+    types = (recipe.RecipeArguments, BinarizationConfig, TrainingArguments)
+    known = {field.name for kind in types for field in dataclasses.fields(kind)}
+    for run in shipped.runs:
+        assert run.flags.keys() <= known
+        BinarizationConfig(**{key: value for key, value in run.flags.items() if key in BINARIZATION})
 
 
 def test_half_a_line_is_none(tmp_path: Path) -> None:
@@ -119,7 +136,8 @@ def test_half_a_line_is_none(tmp_path: Path) -> None:
 
 def written(tiny: Study, path: Path, score: Any) -> list[dict[str, Any]]:
     """Results as the runner writes them, with a score of our own for each run."""
-    lines = [{"key": run.key, "score": score(run), "error": None} for run in tiny.runs]
+    common = {"error": None, "curve": []}
+    lines = [{"key": run.key, "identity": run.key, "score": score(run), **common} for run in tiny.runs]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
@@ -150,27 +168,47 @@ def test_errors_are_counted_and_the_last_line_of_a_run_counts(tmp_path: Path) ->
     runner._append(path, {**lines[1], "score": None, "error": "OSError: full"})
     runner._append(path, {**lines[1], "score": 0.25})
     text = reporter.report(tiny, path)
+    assert "25.0 (1 of 2)" in text
     assert "1 of 8 runs" in text and "1 runs ended with an error, as: FloatingPointError" in text and "25.0" in text
 
 
 def test_steps_that_are_needed() -> None:
     points = [(100.0, 20.0), (400.0, 60.0), (1600.0, 90.0)]
-    assert reporter.reached(points, 40) == "200"  # halfway in the logarithm
-    assert reporter.reached(points, 75) == "800"
-    assert reporter.reached(points, 10) == "< 100" and reporter.reached(points, 95) == "> 1600"
+    assert reporter.reached(points, 40) == pytest.approx(200)  # halfway in the logarithm
+    assert reporter.reached(points, 75) == pytest.approx(800)
+    assert reporter.reached(points, 10) == 100 and reporter.reached(points, 95) == math.inf
+
+
+def test_steps_that_are_needed_are_of_each_seed(tmp_path: Path) -> None:
+    tiny = study(tmp_path, needed={"x": "depth", "of": 60})
+    end = {("STE", 0): 0.8, ("STE", 1): 1.0, ("StoMPP", 0): 0.8, ("StoMPP", 1): 0.5}
+
+    def score(run: Any) -> float:
+        return 0.4 if run.labels["depth"] == "2" else end[run.labels["method"], run.flags["seed"]]
+
+    written(tiny, tmp_path / "r.jsonl", score)
+    text = reporter.report(tiny, tmp_path / "r.jsonl")
+    crossings = [2 * 2 ** (20 / 40), 2 * 2 ** (20 / 60)]
+    assert f"| STE | {statistics.mean(crossings):.0f} ± {statistics.stdev(crossings):.0f} |" in text
+    assert "| StoMPP | > 4 (1 of 2) |" in text
 
 
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    tiny = study(tmp_path, plot={"x": "depth", "lines": "method"}, needed={"x": "depth", "of": 55})
-    written(tiny, tmp_path / "r.jsonl", lambda run: 0.1 * int(run.labels["depth"]))
-    text = reporter.report(tiny, tmp_path / "r.jsonl")
-    assert "Depth needed for 55 %" in text and "| STE | > 4 |" in text
-    assert "<svg" in (tmp_path / "r.svg").read_text()
+    parts = {"lines": "method", "panels": "depth"}
+    tiny = study(tmp_path, plot={"x": "depth", "lines": "method"}, curves={"y": "loss", **parts})
+    lines = written(tiny, tmp_path / "r.jsonl", lambda run: 0.1 * int(run.labels["depth"]))
+    curve = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(line | {"curve": curve}) + "\n" for line in lines))
+    reporter.draw_all(tiny, tmp_path / "r.jsonl")
+    assert "<svg" in (tmp_path / "r.svg").read_text() and "<svg" in (tmp_path / "r_curves.svg").read_text()
+
+
+SHORT: dict[str, Any] = {"seeds": [0], "flags": {"max_steps": 30, "warmup_steps": 2}}
 
 
 def command(folder: Path, *more: str) -> list[str]:
-    study(folder, seeds=[0], flags={"max_steps": 30, "warmup_steps": 2})
+    study(folder, **SHORT)
     places = ["--work_dir", str(folder / "work"), "--results", str(folder / "results")]
     return [sys.executable, "-m", "benchmarks.reproduce", "run", str(folder / "tiny.yaml"), *places, *more]
 
@@ -189,6 +227,9 @@ def test_runs_are_made_once_and_survive_a_kill(tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = runner.read(path)
+    again = runner.execute(study(tmp_path, **SHORT).runs[-1], str(tmp_path / "again"), {})
+    last = next(line for line in lines if line["labels"] == {"depth": "4", "method": "StoMPP"})
+    assert (again["score"], again["curve"]) == (last["score"], last["curve"])  # of a runner that was not killed
     assert lines[: len(first)] == first and len({line["key"] for line in lines}) == len(lines) == 4
     for line in lines:
         assert line["error"] is None and 0 < line["score"] == line["latent_score"] <= 1
@@ -200,15 +241,22 @@ def test_runs_are_made_once_and_survive_a_kill(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_has_a_line_and_the_others_go_on(tmp_path: Path) -> None:
-    axes = {"method": {"too short": {"max_steps": 2}, "right": {}}}
-    study(tmp_path, seeds=[0], axes=axes, table=["method"])
-    places = ["--work_dir", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
-    words = [sys.executable, "-m", "benchmarks.reproduce", "run", str(tmp_path / "tiny.yaml"), *places]
+    places = {"too short": {"max_steps": 2}, "wrong": {"surrogate": "foo"}, "right": {}}
+    study(tmp_path, seeds=[0], axes={"method": places}, table=["method"])
+    words = [sys.executable, "-m", "benchmarks.reproduce", "run", str(tmp_path / "tiny.yaml")]
+    words += ["--work_dir", str(tmp_path / "work"), "--results", str(tmp_path / "results")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     errors = {line["labels"]["method"]: line["error"] for line in runner.read(tmp_path / "results" / "tiny.jsonl")}
-    assert "The schedule cannot finish" in errors["too short"] and errors["right"] is None
-    assert "1 of 2 runs" in done.stdout
+    assert "The schedule cannot finish" in errors["too short"] and "SystemExit" in errors["wrong"]
+    assert errors["right"] is None and "1 of 3 runs" in done.stdout
+
+
+def test_other_flags_make_another_run(tmp_path: Path) -> None:
+    (run, *_) = study(tmp_path).runs
+    of_models = {runner.identity(run, {"model_name_or_path": name, "dataset_dir": "x"}) for name in "ab"}
+    assert len(of_models | {run.key}) == 3
+    assert runner.identity(run, {"dataset_dir": "here"}) == runner.identity(run, {"dataset_dir": "there"}) == run.key
 
 
 def test_a_model_that_transformers_does_not_have_is_packed_and_found_again(tmp_path: Path) -> None:
