@@ -27,6 +27,8 @@ _used: list[str] = []
 """What [`use`] asks for, the innermost last."""
 _loading = threading.RLock()
 """One thread compiles, and the others wait for it."""
+_PATIENCE = 5.0
+"""Seconds for which nothing is said of that."""
 
 
 def backend() -> str:
@@ -145,7 +147,7 @@ def loaded(name: str) -> Any:
 def _announced() -> Iterator[None]:
     """Says so if what is within takes long."""
     message = "Compiling the bit kernels, once for this machine: half a minute."
-    timer = threading.Timer(5, logger.warning, args=(message,))
+    timer = threading.Timer(_PATIENCE, logger.warning, args=(message,))
     timer.start()
     try:
         yield

@@ -1,11 +1,6 @@
 """The kernels of packed layers against float64, sampled over shapes and on values at the edges."""
 
 import copy
-import importlib.util
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -406,66 +401,6 @@ def test_under_autocast_the_dtype_is_that_of_a_linear_layer() -> None:
         assert torch.equal(y, packed(x).bfloat16())
 
 
-def test_the_backend_can_be_chosen_for_a_while() -> None:
-    with kernels.use("reference"):
-        assert kernels.backend() == "reference" and "backend: reference" in kernels.info()
-        with kernels.use("cpu"):
-            assert kernels.backend() == "cpu" and "population count" in kernels.info()
-        assert kernels.backend() == "reference"
-    with kernels.use("cpu"), kernels.use("reference"):
-        with kernels.use("cpu"):
-            pass
-        assert kernels.backend() == "reference"
-        if importlib.util.find_spec("triton"):
-            with kernels.use("triton"):
-                assert kernels.backend() == "reference"
-    with pytest.raises(ValueError, match="the backend is 'gpu'; allowed: cpu, triton, reference"), kernels.use("gpu"):
-        pass
-
-
-def test_a_layer_says_what_computes_it() -> None:
-    grouped = nn.Conv2d(4, 4, 3, groups=2)
-    for backend in ("cpu", "reference"):
-        with kernels.use(backend):
-            assert f"input_bits=1, backend={backend}" in repr(linear(40, 70, "signed")[0])
-            assert f"input_bits=32, backend={backend}" in repr(linear(40, 70, "weights only")[0])
-            assert "backend=reference" in repr(linear(40, 70, "signed")[0].to("meta"))
-            assert "backend=reference" in repr(fill(grouped, grouped.weight, LEVELS["signed"]))
-
-
-WITHOUT_COMPILING = """
-import torch
-from torch import nn
-from hf_stompp import kernels
-from hf_stompp.layers import PackedLinear
-
-print([repr(PackedLinear.empty(nn.Linear(3, 4), binary)) for binary in (True, False)], kernels._found.cache_info())
-print(kernels.info() if {with_info} else "")
-"""
-
-
-@pytest.mark.parametrize(
-    ("asked", "broken", "layers", "info"),
-    [
-        ("", False, "backend=cpu", None),
-        ("gpu", False, "backend=none, for HF_STOMPP_KERNELS is wrong", "backend: none: HF_STOMPP_KERNELS is 'gpu'"),
-        ("", True, "backend=reference", "numba: installed, but does not work"),
-        ("cpu", True, "backend=reference", "backend: none: HF_STOMPP_KERNELS=cpu needs a numba that works"),
-    ],
-)
-def test_what_says_what_computes_a_layer_neither_compiles_nor_raises(
-    asked: str, broken: bool, layers: str, info: str | None, tmp_path: Path
-) -> None:
-    if broken:
-        (tmp_path / "numba.py").write_text("raise ImportError('it is for another numpy')")
-    code = WITHOUT_COMPILING.format(with_info=info is not None)
-    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
-    environment = {**os.environ, "HF_STOMPP_KERNELS": asked, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(layers) == 2 and "currsize=0" in done.stdout and (info or "") in done.stdout, done.stdout
-
-
 @torch.no_grad()
 def test_one_weight_may_be_read_in_several_ways() -> None:
     """Rows of 10 and of 12 bits take as many bytes; what was laid out for the one is nothing for the other."""
@@ -493,37 +428,3 @@ def test_a_kernel_that_does_not_fit_is_refused() -> None:
     packed = fill(layer, layer.weight, LEVELS["signed"])
     with kernels.use("cpu"), pytest.raises(RuntimeError, match=r"A kernel of \(5, 5\) does not fit"):
         packed(torch.randn(1, 3, 4, 4))
-
-
-OTHER_PROCESSOR = """
-import numpy as np, torch
-from torch import nn
-from hf_stompp import kernels
-from hf_stompp.layers import PackedLinear
-from hf_stompp.packing import pack_signs
-
-assert "3 weights to a look-up" in kernels.info() and "AVX2 by tables" in kernels.info(), kernels.info()
-for rows, features, outputs in ((1, 1, 1), (7, 29, 70), (33, 200, 65), (18, 64, 130)):
-    x, weight = torch.randn(rows, features), torch.randn(outputs, features)
-    for binary in (True, False):
-        layer = PackedLinear.empty(nn.Linear(features, outputs), binary)
-        layer.weight.copy_(pack_signs(weight))
-        signs = [np.where(values.numpy() >= 0, 1.0, -1.0) for values in (x, weight)]
-        if binary:
-            layer.activation_levels.copy_(torch.tensor([-1.0, 1.0]))
-        inputs = signs[0] if binary else x.double().numpy()
-        with torch.no_grad():
-            error = np.abs(layer(x).numpy() - (inputs @ signs[1].T + layer.bias.numpy()))
-        assert error.max() < 1e-4, (rows, features, outputs, binary, error.max())
-"""
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tells numba of an x86 processor")
-def test_a_processor_with_shorter_vectors() -> None:
-    features = "sse,sse2,sse3,ssse3,sse4.1,sse4.2,avx,avx2,fma,bmi,bmi2,popcnt,lzcnt,f16c,movbe".split(",")
-    environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in features)}
-    environment["HF_STOMPP_KERNELS"] = "cpu"
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_PROCESSOR], env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
