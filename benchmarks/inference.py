@@ -44,7 +44,7 @@ from transformers.utils import logging
 
 from hf_stompp import BinarizationConfig, binarize, pack
 from hf_stompp.fusion import fuse
-from hf_stompp.kernels.vectors import WIDTH, popcount_tile
+from hf_stompp.kernels.vectors import WIDTH, inputs_of_tile, popcount_tile
 from hf_stompp.layers import PackedConv2d, PackedLinear
 from hf_stompp.packing import pack_signs
 from hf_stompp.patching import binary_layers, packed_layers
@@ -129,16 +129,17 @@ def measure(variants: Variants, threads: int, rounds: int, seconds: float) -> di
     return found
 
 
-MULTIPLICATIONS = 2000 * 6 * WIDTH * 32 * 96
+TILE = inputs_of_tile()
+MULTIPLICATIONS = 2000 * TILE * WIDTH * 32 * 96
 
 
 @functools.cache
 def innermost_loop() -> Callable[[], None]:
     """Does so many multiplications in the kernel's innermost loop, on data in the first cache."""
-    tile, words = popcount_tile(6, False), 96
-    panel, x = (torch.zeros(n, words, dtype=torch.int32) for n in (WIDTH, 6))
-    offsets, floats, out = torch.zeros(WIDTH, dtype=torch.int32), torch.zeros(WIDTH), torch.zeros(6, WIDTH)
-    places = np.full(6, offsets.data_ptr())
+    tile, words = popcount_tile(TILE, False), 96
+    panel, x = (torch.zeros(n, words, dtype=torch.int32) for n in (WIDTH, TILE))
+    offsets, floats, out = torch.zeros(WIDTH, dtype=torch.int32), torch.zeros(WIDTH), torch.zeros(TILE, WIDTH)
+    places = np.full(TILE, offsets.data_ptr())
 
     @numba.njit
     def run(times, x, panel, words, places, floats, out):  # type: ignore[no-untyped-def]

@@ -32,6 +32,8 @@ class Fused(NamedTuple):
     norms: list[str]
 
 
+@torch.inference_mode(False)  # whose tensors do not tell that they were written to
+@torch.no_grad()
 def fuse(model: PreTrainedModel) -> Fused:
     r"""Makes a packed model faster on a CPU, in place, and leaves its numbers as they are.
 
@@ -80,7 +82,7 @@ def unfuse(model: nn.Module) -> None:
         if isinstance(module, PassesBits | ResidualNorm):
             model.set_submodule(name, module.unfused())
         if isinstance(module, PackedLayer):
-            module.next_threshold = None
+            module.next_threshold, module.takes_bits = None, False
         if isinstance(module, PackedLinear):
             module.shared = None
 
@@ -98,6 +100,7 @@ def _hand_bits_on(model: PreTrainedModel, found: Trace) -> list[tuple[str, str]]
         if activation:
             model.set_submodule(activation, PassesBits(function))
         one.next_threshold = _before(function, threshold, model.dtype, above_zero=bool(activation))
+        other.takes_bits = True
         pairs.append((first, second))
     return pairs
 
@@ -168,9 +171,9 @@ def _before(function: nn.Module, threshold: Tensor, dtype: torch.dtype, above_ze
 
 
 def _share_inputs(model: PreTrainedModel, found: Trace) -> list[list[str]]:
-    groups: dict[int, list[str]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[str]] = defaultdict(list)
     for call in found.layers:
-        groups[id(call.input)].append(call.name)
+        groups[id(call.input), call.version].append(call.name)
     distinct = set(map(tuple, groups.values()))  # a layer that is executed again may be in the same group again
     members = Counter(name for names in distinct for name in names)
     shared = []

@@ -65,6 +65,8 @@ class Call:
     """The layer that its input comes out of, as in [`Trace`]'s `branch`."""
     constant: bool = False
     """Whether its input does not depend on what the model is given, nor on embeddings of its own."""
+    version: int = 0
+    """Of its input: how often that had been written to."""
 
 
 class Trace(TorchDispatchMode):
@@ -148,7 +150,8 @@ class Trace(TorchDispatchMode):
         calls = next(calls for types, calls in kinds if isinstance(module, types))
 
         def hook(_: nn.Module, args: tuple, output: Tensor) -> None:
-            call = Call(name, args[0], output, self.branch.get(id(args[0])), id(args[0]) not in self.rooted)
+            x = args[0]
+            call = Call(name, x, output, self.branch.get(id(x)), id(x) not in self.rooted, x._version)
             calls.append(call)
             if isinstance(module, HALF_RECTIFIED_MODULES):
                 self.source[id(output)] = output
@@ -194,6 +197,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     )
 
 
+@torch.inference_mode(False)  # whose tensors have no versions
 def trace(model: PreTrainedModel, with_head: bool = False) -> Trace:
     """Runs the base model, or all of it, on meta tensors and returns what was executed, by the names of `model`.
 

@@ -193,6 +193,30 @@ def test_queries_keys_and_values_pack_their_input_once(
         assert torch.equal(shared, model(**texts).logits)
 
 
+class Negated(nn.Module):
+    """A layer that leaves another input to those after it."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.neg_())
+
+
+@torch.inference_mode()
+def test_an_input_that_is_written_to_in_between_is_another(tiny_model: Factory, texts: dict[str, Tensor]) -> None:
+    """Though it is the same tensor, and one of inference mode does not tell."""
+    model = packed(tiny_model("bert"), texts, activation_levels="signed")
+    unfuse(model)
+    attention = model.bert.encoder.layer[0].attention.self
+    attention.key = Negated(attention.key)
+    before = model(**texts).logits
+    first, second = fuse(model).inputs
+    assert [name.removeprefix("bert.encoder.layer.0.attention.self.") for name in first] == ["key.layer", "value"]
+    assert len(second) == 3 and torch.allclose(model(**texts).logits, before, atol=1e-5)
+
+
 @torch.no_grad()
 def test_each_call_with_a_shared_input_gives_what_the_layer_gives() -> None:
     """Also when one layer is called twice, and in another order; nothing is left with the input."""

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ BACKENDS = ("cpu", "triton", "reference")
 """What can be asked for; `"triton"` leaves CPUs as they are."""
 _used: list[str] = []
 """What [`use`] asks for, the innermost last."""
-_loading = threading.Lock()
+_loading = threading.RLock()
 """One thread compiles, and the others wait for it."""
+_PATIENCE = 5.0
+"""Seconds for which nothing is said of that."""
 
 
 def backend() -> str:
@@ -37,6 +39,18 @@ def backend() -> str:
         ImportError: It asks for `"cpu"`, and numba is not installed, or does not work.
     """
     return next((name for name in reversed(_used) if name != "triton"), None) or _found()
+
+
+def expected() -> str:
+    """[`backend`], without compiling anything; of kernels that were not used yet, what is to be expected.
+
+    Raises:
+        ValueError: `HF_STOMPP_KERNELS` is no backend.
+    """
+    used = next((name for name in reversed(_used) if name != "triton"), None)
+    if used or _found.cache_info().currsize:
+        return used or _found()
+    return "cpu" if _asked() != "reference" and not _lack_of_numba() else "reference"
 
 
 def on_gpu(index: int) -> bool:
@@ -93,26 +107,30 @@ def info() -> str:
         >>> print(kernels.info())
         backend: ...
     """
-    lines = {"backend": backend(), "threads": str(torch.get_num_threads())}
-    if importlib.util.find_spec("numba") is None:
-        lines["numba"] = "not installed: `pip install numba` makes packed models fast on a CPU"
+    try:
+        active = backend()
+    except (ValueError, ImportError) as error:
+        active = f"none: {error}"
+    lines = {"backend": active, "threads": str(torch.get_num_threads())}
+    if lack := _lack_of_numba():
+        lines["numba"] = f"{lack}: `pip install numba` makes packed models fast on a CPU"
     else:
         numba = importlib.import_module("numba")
         lines["numba"] = numba.__version__
-        if backend() == "cpu":
+        if active == "cpu":
             vectors = loaded("vectors")
             lines["1-bit weights and inputs"] = f"cpu, population count {vectors.popcount_of_processor()}"
             at_once = vectors.features_of_lookup()
             lookup = f"cpu, {at_once} weights to a look-up" if at_once else "reference: the processor has no AVX2"
             lines["1-bit weights alone"] = lookup
-            lines["compiled kernels in"] = numba.config.CACHE_DIR or str(Path(__file__).with_name("__pycache__"))
+            lines["compiled kernels in"] = str(_folder())
     for index in range(torch.cuda.device_count()):
         try:
             how = "triton" if on_gpu(index) else "reference; `HF_STOMPP_KERNELS=triton` asks for a kernel"
-        except RuntimeError as error:
+        except (ValueError, RuntimeError) as error:
             how = str(error)
         lines[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, {how}"
-    if (asked := _asked()) is not None:
+    if asked := os.environ.get("HF_STOMPP_KERNELS"):
         idle = asked == "triton" and torch.cuda.device_count() == 0
         lines["HF_STOMPP_KERNELS"] = asked + (": there is no GPU here, so it changes nothing" if idle else "")
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
@@ -121,14 +139,15 @@ def info() -> str:
 @functools.cache
 def loaded(name: str) -> Any:
     """One of the modules of kernels, which import numba; that takes a second, and is not done before they are used."""
-    return importlib.import_module(f"hf_stompp.kernels.{name}")
+    with _loading, nullcontext() if name == "gpu" else _kept_apart():  # that one is not of numba
+        return importlib.import_module(f"hf_stompp.kernels.{name}")
 
 
 @contextmanager
 def _announced() -> Iterator[None]:
     """Says so if what is within takes long."""
     message = "Compiling the bit kernels, once for this machine: half a minute."
-    timer = threading.Timer(5, logger.warning, args=(message,))
+    timer = threading.Timer(_PATIENCE, logger.warning, args=(message,))
     timer.start()
     try:
         yield
@@ -146,6 +165,17 @@ def _asked() -> str | None:
     if asked is not None:
         _check(asked, "HF_STOMPP_KERNELS")
     return asked
+
+
+def _lack_of_numba() -> str | None:
+    """What keeps numba from being imported, if something does."""
+    if importlib.util.find_spec("numba") is None:
+        return "not installed"
+    try:
+        loaded("vectors")
+    except Exception as error:  # it is for another numpy, …
+        return f"installed, but does not work ({error})"
+    return None
 
 
 @functools.cache
@@ -173,21 +203,28 @@ def _found() -> str:
     return "cpu" if _load("HF_STOMPP_KERNELS=cpu" if asked == "cpu" else None) else "reference"
 
 
-def _forget_stale() -> None:
-    """Makes numba compile anew what takes parts from a file that was changed: it looks at a kernel's own file alone,
-    at its time and size."""
-    folder = Path(__file__).parent
-    files = sorted(folder.glob("*.py"))
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    stamp = folder / "__pycache__" / "kernels.sha256"
+@contextmanager
+def _kept_apart() -> Iterator[None]:
+    """Within it, numba looks for what it compiled, and keeps it, in [`_folder`]."""
+    config = importlib.import_module("numba").config
+    before, config.CACHE_DIR = config.CACHE_DIR, str(_folder())
     try:
-        if not stamp.exists() or stamp.read_text() != digest:
-            for file in files:
-                os.utime(file)
-            stamp.parent.mkdir(exist_ok=True)
-            stamp.write_text(digest)
-    except OSError:
-        pass  # an installed package, whose files are as new as the package
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def _folder() -> Path:
+    """Where what is compiled of these files is kept; of others, as of another version of the package, elsewhere. numba
+    looks only at the file that a kernel is in, and it takes parts from others."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(here.glob("*.py")))).hexdigest()
+    if chosen := importlib.import_module("numba").config.CACHE_DIR:
+        return Path(chosen, f"hf_stompp-{digest[:16]}")
+    if os.access(here, os.W_OK):
+        return here / "__pycache__" / f"hf_stompp-{digest[:16]}"
+    of_user = importlib.import_module("numba.misc.appdirs").user_cache_dir("numba", appauthor=False)
+    return Path(of_user, f"hf_stompp-{digest[:16]}")
 
 
 @functools.cache
@@ -199,7 +236,6 @@ def _load(asked_by: str | None) -> bool:
     """
     try:
         with _loading, _announced():
-            _forget_stale()
             lookup = ("weights",) if loaded("vectors").features_of_lookup() else ()
             for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)

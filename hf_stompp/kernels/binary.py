@@ -5,6 +5,7 @@ an integer until the end, times one float. Where nothing but the comparison of t
 made here, and what is handed on is *bits*: int32 `[…, words]`, bit i of word k that of feature 32·k + i.
 """
 
+from functools import partial
 from typing import Any
 
 import numba
@@ -16,7 +17,7 @@ from torch import Tensor
 from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.panels import Panels, panels
 from hf_stompp.kernels.threads import KERNEL, in_blocks
-from hf_stompp.kernels.vectors import WIDTH, ladder, one_bit, pointer, popcount_tile, sixteen_bits
+from hf_stompp.kernels.vectors import WIDTH, inputs_of_tile, ladder, one_bit, pointer, popcount_tile, sixteen_bits
 
 ROWS = 48
 """Inputs that are packed at a time: their bits stay in the first cache while all weights pass."""
@@ -53,8 +54,8 @@ def readable(input: Tensor) -> Tensor:
 def result(shape: tuple[int, ...], layer: Panels) -> Tensor:
     """Where the outputs go: floats, or bits, of which each panel makes two words."""
     if layer.above:
-        return torch.empty(*shape, WIDTH // 32 * layer.blocks, dtype=torch.int32)
-    return torch.empty(*shape, layer.outputs, dtype=torch.float32)
+        return torch.empty(*shape, WIDTH // 32 * layer.blocks, dtype=torch.int32, device="cpu")
+    return torch.empty(*shape, layer.outputs, dtype=torch.float32, device="cpu")
 
 
 def as_expected(out: Tensor, input: Tensor, operands: Operands) -> Tensor:
@@ -94,7 +95,8 @@ def pack_rows(x_at, kind, stride, threshold, start, stop, words):  # type: ignor
         pack(numba.carray(pointer(x_at), (stop, stride), np.float32)[start:], threshold, words)
 
 
-_floats, _bits = ladder(lambda rows: popcount_tile(rows, False), 6), ladder(lambda rows: popcount_tile(rows, True), 6)
+_TILE = inputs_of_tile()
+_floats, _bits = (ladder(partial(popcount_tile, bits=bits), _TILE) for bits in (False, True))
 
 
 @numba.njit(**FLAGS)
@@ -109,21 +111,22 @@ def multiply(words, rows, offsets, kinds, epilogue, factor, out_at, outputs, str
     places = np.empty(rows, dtype=np.int64)
     for m in range(rows):
         places[m] = offsets[kinds[m]].ctypes.data
-    aside = np.empty((6, WIDTH), dtype=np.float32)
+    aside = np.empty((_TILE, WIDTH), dtype=np.float32)
+    words_at, places_at, aside_at = words.ctypes.data, places.ctypes.data, aside.ctypes.data
     for block in range(first, last):
         column = WIDTH * block
         panel, width = panels_at + 4 * column * x_stride, min(WIDTH, outputs - column)
         gain, bias, above = gain_at + 4 * column, bias_at + 4 * column, above_at + 4 * column
         m = 0
         while m < rows:
-            left, x, place = rows - m, words[m:].ctypes.data, places[m:].ctypes.data
+            left, x, place = rows - m, words_at + 4 * m * x_stride, places_at + 8 * m
             if above_at:
                 to = out_at + 4 * (m * stride + WIDTH // 32 * block)
                 m += _bits(left, x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, stride, column)
                 continue
             to, to_stride = out_at + 4 * (m * stride + column), stride
             if width < WIDTH:
-                to, to_stride = aside.ctypes.data, WIDTH
+                to, to_stride = aside_at, WIDTH
             done = _floats(left, x, x_stride, panel, x_stride, place, gain, bias, above, factor, to, to_stride, column)
             if width < WIDTH:
                 copy(aside, numba.carray(pointer(out_at), (rows, stride), np.float32)[m:], done, column, width)

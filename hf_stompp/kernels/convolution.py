@@ -41,7 +41,7 @@ def conv2d(input: Tensor, operands: Operands, geometry: Geometry) -> Tensor:
     bits_stride = x.shape[1]
     if x.dtype != torch.int32:
         bits_stride = (channels + 31) // 32
-        bits = torch.empty(batch, *size, bits_stride, dtype=torch.int32)
+        bits = torch.empty(batch, *size, bits_stride, dtype=torch.int32, device="cpu")
         source = x.data_ptr(), KINDS[x.dtype], channels, layer.at[-1], bits.data_ptr()
         in_blocks(_pack, source, batch * size[0] * size[1], x.numel() // _PACKED_ALONE)
     out = result((batch, height, width), layer)

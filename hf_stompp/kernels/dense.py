@@ -17,7 +17,7 @@ _ALONE = 1 << 18
 def dense(weight: Tensor, scale: Tensor, length: int) -> Tensor:
     """±s, float32 `[N, K]`, of bits, uint8 `[N, ceil(K / 8)]`, and scales `[N]`; K is `length`."""
     bits, scale = weight.contiguous(), scale.float().contiguous()
-    out = torch.empty(len(bits), length)
+    out = torch.empty(len(bits), length, dtype=torch.float32, device="cpu")
     operands = bits.data_ptr(), scale.data_ptr(), out.data_ptr(), length
     in_blocks(_dense, operands, len(bits), out.numel() // _ALONE)
     return out

@@ -83,7 +83,7 @@ def backward(
 
 def row_means(rows: Tensor) -> Tensor:
     """mean |x| of each row of `[N, K]`."""
-    out = torch.empty(len(rows), dtype=torch.float32)
+    out = torch.empty(len(rows), dtype=torch.float32, device="cpu")
     _on_rows(_row_means, rows.detach().numpy(), out.numpy())
     return out
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from hf_stompp.packing import packed_length
 
+PANELS = "_hf_stompp_panels"
+"""The attribute of a weight that keeps what is laid out of it for the kernels."""
+
 
 class Operands(NamedTuple):
     r"""The tensors of a packed layer: \\(y = \hat x \, (s \odot \operatorname{bits}(w))^\top + b\\).
@@ -37,6 +40,21 @@ def check_shapes(operands: Operands, row_length: int, features: int) -> None:
     for name, tensor, shape in zip(Operands._fields, operands, expected, strict=True):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, but that of a packed layer for this input is {shape}.")
+
+
+def are_signed(levels: Tensor | None) -> bool:
+    """Whether the levels of inputs are (-γ, γ), not (0, γ); without levels, as if they were (0, 1).
+
+    Raises:
+        ValueError: They are neither.
+    """
+    low, high = (0.0, 1.0) if levels is None else levels.tolist()
+    if low not in (0, -high):
+        raise ValueError(
+            f"activation_levels is ({low}, {high}), but the kernels know (-γ, γ) and (0, γ) alone: set them to that, "
+            'or compute the layer under kernels.use("reference").'
+        )
+    return low != 0
 
 
 class Geometry(NamedTuple):

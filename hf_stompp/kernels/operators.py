@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stompp import kernels
-from hf_stompp.kernels.operands import Geometry, Operands, check_shapes
+from hf_stompp.kernels.operands import PANELS, Geometry, Operands, check_shapes
 from hf_stompp.packing import unpack_signs
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -15,17 +15,17 @@ _PLAIN = Tensor, nn.Parameter
 _is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # as under vmap
 
 
-def cover(input: Tensor, axis: int, features: int, binary_input: bool) -> bool:
-    """Whether the kernels take this input of a layer, which has so many features on that axis; the reference does all
-    else, and reports errors."""
+def cover(input: Tensor, axis: int, features: int, binary_input: bool, takes_bits: bool) -> bool:
+    """Whether the kernels take this input of a layer, which has so many features on that axis, or, if another layer
+    hands bits on to it, these; the reference does all else, and reports errors."""
     dtype, shape, device = input.dtype, input.shape, input.device
     if device.type != "cpu" and not (device.type == "cuda" and axis == -1 and binary_input):
         return False
     if len(shape) < -axis or (axis == -3 and len(shape) != 4):
         return False
     compiling = torch.compiler.is_compiling()
-    if dtype == torch.int32 and binary_input and device.type == "cpu":
-        # Bits, of another layer; of two words for each of its panels.
+    if dtype == torch.int32 and takes_bits and device.type == "cpu":
+        # Of two words for each panel of the other layer.
         return not compiling and shape[axis] == 2 * ((features + 63) // 64)
     if dtype not in _DTYPES or shape[axis] != features:
         return False
@@ -35,14 +35,22 @@ def cover(input: Tensor, axis: int, features: int, binary_input: bool) -> bool:
 
 
 def backend(device: torch.device, axis: int, binary_input: bool) -> str:
-    """What computes a layer that [`cover`] asks of, on this device: `"cpu"`, `"triton"` or `"reference"`."""
-    if device.type == "cpu" and _available(binary_input):
-        return "cpu"
+    """What computes a layer that [`cover`] asks of, on this device: `"cpu"`, `"triton"` or `"reference"`; or what
+    keeps it from being computed. Nothing is compiled to find out."""
     try:
+        if device.type == "cpu" and kernels.expected() == "cpu":
+            return "cpu" if binary_input or kernels.loaded("vectors").features_of_lookup() else "reference"
         on_gpu = device.type == "cuda" and axis == -1 and binary_input and _available_on_gpu(device.index)
+    except ValueError:
+        return "none, for HF_STOMPP_KERNELS is wrong"
     except RuntimeError:
         return "triton, which does not work here"
     return "triton" if on_gpu else "reference"
+
+
+def forget(weight: Tensor) -> None:
+    """Frees what was laid out of a weight for the kernels."""
+    vars(weight).pop(PANELS, None)
 
 
 @torch.compiler.assume_constant_result

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_stompp.kernels.operands import Operands, check_shapes
-from hf_stompp.kernels.vectors import WIDTH
+from hf_stompp.kernels.operands import PANELS, Operands, are_signed, check_shapes
+from hf_stompp.kernels.vectors import WIDTH, counts_nibbles
 
-_ATTRIBUTE = "_hf_stompp_panels"
 _making = threading.Lock()
 """The first requests to a server come at the same time, and one of them is to do it."""
 
@@ -43,13 +42,16 @@ class Panels:
         self.made_of, self.outputs, self.features = made_of, len(weight), features
         words, self.blocks = -(-features // per_word), (self.outputs + WIDTH - 1) // WIDTH
         # torch begins its tensors where a line of the cache begins.
-        bits = torch.zeros(self.blocks, places * words, WIDTH, dtype=torch.int32)
-        self.counts = torch.zeros(places, self.blocks * WIDTH, dtype=torch.int32)
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}  # also if default is another
+        bits = torch.zeros(self.blocks, places * words, WIDTH, **ints)
+        self.counts = torch.zeros(places, self.blocks * WIDTH, **ints)
         rows = weight.detach().contiguous().numpy()
         _fill(rows, places, features, per_word, bits.numpy().view(np.uint32), self.counts.numpy())
-        low, high = (0.0, 1.0) if levels is None else levels.tolist()
-        self.signed = low != 0
-        whole = torch.full((self.blocks * WIDTH,), places * features, dtype=torch.int32)
+        if threshold is not None and counts_nibbles():
+            of_bytes = bits.view(torch.uint8).unflatten(-1, (WIDTH, 4))
+            bits = of_bytes.transpose(-1, -2).contiguous()
+        self.signed, high = are_signed(levels), 1.0 if levels is None else levels[1].item()
+        whole = torch.full((self.blocks * WIDTH,), places * features, **ints)
         offsets = whole if self.signed else self.counts.sum(dim=0, dtype=torch.int32)
         gain = self._padded(weight_scale.detach().float() * high, 0)
         biases = self._padded(gain.new_zeros(self.outputs) if bias is None else bias.detach().float(), 0)
@@ -57,15 +59,21 @@ class Panels:
         above = None if next_threshold is None else self._padded(next_threshold.float(), torch.inf)
         own = None if threshold is None else threshold.float().contiguous().clone()
         self._sources = [x.detach() for x in operands if x is not None]
+        self._copies = [x.clone() for x in self._sources if x.is_inference()]
         self._tensors = bits, offsets, gain, biases, above, own  # whose addresses are given out
         self.above = above is not None
         self.at = tuple(0 if tensor is None else tensor.data_ptr() for tensor in self._tensors)
+
+    def are_of(self, made_of: list[int], unversioned: list[Tensor]) -> bool:
+        """Whether they are still what would be made. Tensors from inference mode, which count no versions, are held
+        against what they were."""
+        return self.made_of == made_of and all(map(torch.equal, unversioned, self._copies))
 
     def __reduce__(self) -> Any:
         return type(None), ()  # addresses are this process's: a copy of the weight makes its own
 
     def _padded(self, values: Tensor, beyond: float) -> Tensor:
-        out = torch.full((self.blocks * WIDTH,), beyond, dtype=torch.float32)
+        out = torch.full((self.blocks * WIDTH,), beyond, dtype=torch.float32, device="cpu")
         out[: self.outputs] = values
         return out
 
@@ -73,18 +81,19 @@ class Panels:
 def panels(operands: Operands, places: int, features: int, per_word: int = 32) -> Panels:
     """The [`Panels`] of a layer, with so many weights to a word: made at the first call, and anew after a tensor of it
     was written to or moved. They are kept on the weight, and go with it."""
-    made_of = [places, features, per_word]
+    made_of, unversioned = [places, features, per_word], []
     for tensor in operands:
         if tensor is not None:
-            # What was made in inference mode has no versions.
             made_of += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-    kept: Panels | None = getattr(operands.weight, _ATTRIBUTE, None)
-    if kept is None or kept.made_of != made_of:
+            if tensor.is_inference():
+                unversioned.append(tensor)
+    kept: Panels | None = getattr(operands.weight, PANELS, None)
+    if kept is None or not kept.are_of(made_of, unversioned):
         with _making, torch.no_grad():
-            kept = getattr(operands.weight, _ATTRIBUTE, None)
-            if kept is None or kept.made_of != made_of:
+            kept = getattr(operands.weight, PANELS, None)
+            if kept is None or not kept.are_of(made_of, unversioned):
                 kept = Panels(made_of, operands, places, features, per_word)
-                setattr(operands.weight, _ATTRIBUTE, kept)
+                setattr(operands.weight, PANELS, kept)
     return kept
 
 

@@ -4,10 +4,12 @@ numba does not find these loops by itself: it prefers vectors of half that lengt
 LLVM splits a vector where a processor has only shorter ones. All pointers are addresses (`array.ctypes.data`).
 
 A *panel* holds the bits of 64 outputs, `uint32 [words, 64]`: entry `[k, n]` has the 32 weights `32·k …` of output n.
+Where bits are counted by nibbles, as with AVX2, it is `uint8 [4·words, 64]`, with the 8 weights `8·k …` of output n in
+entry `[k, n]`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding
@@ -42,11 +44,23 @@ def features_of_lookup() -> int:
     return 4 if "avx512f" in _features() else 3 if "avx2" in _features() else 0
 
 
+@functools.cache
+def counts_nibbles() -> bool:
+    """Whether bits are counted by four, with a look-up for each of 32 outputs; else by 32, as a processor does that
+    has an instruction for it."""
+    return "avx2" in _features() and "avx512vpopcntdq" not in _features()
+
+
+def inputs_of_tile() -> int:
+    """How many inputs are multiplied at a time, so that their sums stay in registers; AVX2 has half as many."""
+    return 4 if counts_nibbles() else 6
+
+
 def popcount_of_processor() -> str:
     """How the processor counts bits, for `kernels.info`."""
-    if "avx512vpopcntdq" in _features():
-        return "AVX-512 VPOPCNTDQ"
-    return "AVX2 or AVX-512 by tables" if "avx2" in _features() else "what LLVM makes of it"
+    if counts_nibbles():
+        return "AVX2 by tables"
+    return "AVX-512 VPOPCNTDQ" if "avx512vpopcntdq" in _features() else "what LLVM makes of it"
 
 
 class _Block:
@@ -81,25 +95,119 @@ class _Block:
         kind = ir.FunctionType(result, [arg.type for arg in args])
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, kind, name), args)
 
-    def sums(self, zero: Any, rows: int, words: Any, step: Callable[[Any, list[list[Any]]], list[list[Any]]]) -> Any:
-        """`rows` times 64 numbers in vectors, from `zero` through `step(k, sums)` for each `k < words`."""
+    def part(self, value: Any, lanes: Sequence[int]) -> Any:
+        """The vector of these lanes of another one."""
+        places = ir.Constant(ir.VectorType(_INT, len(lanes)), list(lanes))
+        return self.builder.shuffle_vector(value, ir.Constant(value.type, ir.Undefined), places)
+
+    def sums(
+        self, zero: Any, rows: int, start: Any, stop: Any, step: Callable[[Any, list[list[Any]]], list[list[Any]]]
+    ) -> list[list[Any]]:
+        """`rows` times 64 numbers in vectors, from `zero` through `step(k, sums)` for each k of `start … stop`."""
         builder, before = self.builder, self.builder.block
         body, after = builder.append_basic_block("body"), builder.append_basic_block("after")
-        builder.branch(body)
+        builder.cbranch(builder.icmp_signed("<", start, stop), body, after)
         builder.position_at_end(body)
         k = builder.phi(_LONG)
         sums = [[builder.phi(zero.type) for _ in range(WIDTH // zero.type.count)] for _ in range(rows)]
         new = step(k, sums)
         following = builder.add(k, self.long(1))
-        k.add_incoming(self.long(0), before)
-        k.add_incoming(following, builder.block)
-        for row, new_row in zip(sums, new, strict=True):
-            for total, new_total in zip(row, new_row, strict=True):
-                total.add_incoming(zero, before)
-                total.add_incoming(new_total, builder.block)
-        builder.cbranch(builder.icmp_signed("<", following, words), body, after)
+        k.add_incoming(start, before)
+        last = builder.block
+        k.add_incoming(following, last)
+        builder.cbranch(builder.icmp_signed("<", following, stop), body, after)
         builder.position_at_end(after)
+        totals = [[builder.phi(zero.type) for _ in row] for row in sums]
+        for phis in (sums, totals):
+            for row, new_row in zip(phis, new, strict=True):
+                for total, new_total in zip(row, new_row, strict=True):
+                    total.add_incoming(zero, before)
+                    total.add_incoming(new_total, last)
+        return totals
+
+
+def _by_words(block: _Block, rows: int, x: Any, x_stride: Any, panel: Any, words: Any) -> list[list[Any]]:
+    """popcount(x ⊕ w) of `rows` inputs and 64 outputs, by the processor's own count."""
+    builder = block.builder
+
+    def step(k: Any, sums: list[list[Any]]) -> list[list[Any]]:
+        at = builder.mul(k, block.long(WIDTH))
+        weights = [block.load(panel, _INTS, builder.add(at, block.long(LANES * j))) for j in range(_VECTORS)]
+        new = []
+        for row, totals in enumerate(sums):
+            place = builder.add(builder.mul(x_stride, block.long(row)), k)
+            inputs = block.splat(block.load(x, _INT, place))
+            counts = [block.call("llvm.ctpop.v16i32", _INTS, builder.xor(inputs, w)) for w in weights]
+            new.append([builder.add(total, count) for total, count in zip(totals, counts, strict=True)])
         return new
+
+    return block.sums(ir.Constant(_INTS, [0] * LANES), rows, block.long(0), words, step)
+
+
+_BYTE, _BYTES = ir.IntType(8), ir.VectorType(ir.IntType(8), 32)
+_IN_BYTE, _IN_SHORT = 31, 31 * 264
+"""Of how many bytes each counts the bits that differ."""
+
+
+def _by_nibbles(block: _Block, rows: int, x: Any, x_stride: Any, panel: Any, words: Any) -> list[list[Any]]:
+    """The same by look-ups: a byte of an input chooses two tables, popcount(a ⊕ w) for the 16 values w of each nibble,
+    of which 32 outputs look their entries up. Counts are bytes for a while, and then short integers."""
+    builder = block.builder
+    tables, zero = _tables(builder), ir.Constant(_BYTES, [0] * 32)
+    low, four = ir.Constant(_BYTES, [15] * 32), ir.Constant(_BYTES, [4] * 32)
+
+    def step(k: Any, sums: list[list[Any]]) -> list[list[Any]]:
+        places = [builder.add(builder.mul(k, block.long(WIDTH // 4)), block.long(8 * j)) for j in range(WIDTH // 32)]
+        weights = [block.load(panel, _BYTES, place) for place in places]
+        halves = [builder.and_(w, low) for w in weights], [builder.lshr(w, four) for w in weights]
+        new = []
+        for row, totals in enumerate(sums):
+            at = builder.add(x, builder.add(builder.mul(x_stride, block.long(4 * row)), k))
+            byte = builder.zext(builder.load(builder.inttoptr(at, _BYTE.as_pointer())), _LONG)
+            table = builder.add(tables, builder.mul(byte, block.long(32)))
+            for half, of_half in enumerate(halves):
+                lookup = block.load(table, ir.VectorType(_BYTE, 16), block.long(4 * half))
+                lookup = block.part(lookup, [*range(16)] * 2)
+                counts = [block.call("llvm.x86.avx2.pshuf.b", _BYTES, lookup, w) for w in of_half]
+                totals = [builder.add(total, count) for total, count in zip(totals, counts, strict=True)]
+            new.append(totals)
+        return new
+
+    def in_bytes(start: Any, stop: Any) -> list[Any]:
+        return [builder.shuffle_vector(*row, _PLACES) for row in block.sums(zero, rows, start, stop, step)]
+
+    in_shorts = _wider(block, rows, 16, _IN_BYTE, in_bytes)
+    totals = _wider(block, rows, 32, _IN_SHORT, in_shorts)(block.long(0), builder.mul(words, block.long(4)))
+    return [[block.part(row, range(at, at + LANES)) for at in range(0, WIDTH, LANES)] for row in totals]
+
+
+_Count = Callable[[Any, Any], list[Any]]
+_PLACES = ir.Constant(ir.VectorType(_INT, WIDTH), list(range(WIDTH)))
+
+
+def _wider(block: _Block, rows: int, bits: int, length: int, count: _Count) -> _Count:
+    """What counts from a start to a stop, for `rows` inputs and 64 outputs, in integers of so many bits, by `count`,
+    which may do so for `length` steps at a time."""
+    builder, kind = block.builder, ir.VectorType(ir.IntType(bits), WIDTH)
+
+    def counted(start: Any, stop: Any) -> list[Any]:
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(kind, [0] * WIDTH)) for _ in range(rows)]
+        with cgutils.for_range_slice(builder, start, stop, block.long(length), _LONG) as (at, _):
+            end = builder.add(at, block.long(length))
+            end = builder.select(builder.icmp_signed("<", end, stop), end, stop)
+            for place, new in zip(sums, count(at, end), strict=True):
+                builder.store(builder.add(builder.load(place), builder.zext(new, kind)), place)
+        return [builder.load(place) for place in sums]
+
+    return counted
+
+
+def _tables(builder: Any) -> Any:
+    """The address of popcount(a ⊕ w), `uint8 [256, 2, 16]`, of the lower and the upper nibble a of a byte."""
+    counts = [(nibble ^ w).bit_count() for byte in range(256) for nibble in (byte & 15, byte >> 4) for w in range(16)]
+    constant = cgutils.global_constant(builder, "counts", ir.Constant(ir.ArrayType(_BYTE, len(counts)), counts))
+    constant.align, constant.unnamed_addr = 64, True
+    return builder.ptrtoint(constant, _LONG)
 
 
 @functools.cache
@@ -119,18 +227,8 @@ def popcount_tile(rows: int, bits: bool) -> Any:
             x, x_stride, panel, words, offsets, gain, bias, above, factor, out, out_stride, column = args
             block = _Block(builder)
 
-            def step(k: Any, sums: list[list[Any]]) -> list[list[Any]]:
-                at = builder.mul(k, block.long(WIDTH))
-                weights = [block.load(panel, _INTS, builder.add(at, block.long(LANES * j))) for j in range(_VECTORS)]
-                new = []
-                for row, totals in enumerate(sums):
-                    place = builder.add(builder.mul(x_stride, block.long(row)), k)
-                    inputs = block.splat(block.load(x, _INT, place))
-                    counts = [block.call("llvm.ctpop.v16i32", _INTS, builder.xor(inputs, w)) for w in weights]
-                    new.append([builder.add(total, count) for total, count in zip(totals, counts, strict=True)])
-                return new
-
-            sums = block.sums(ir.Constant(_INTS, [0] * LANES), rows, words, step)
+            count = _by_nibbles if counts_nibbles() else _by_words
+            sums = count(block, rows, x, x_stride, panel, words)
             factors = block.splat(factor)
             for row in range(rows):
                 place = builder.load(builder.inttoptr(builder.add(offsets, block.long(8 * row)), _LONG.as_pointer()))
@@ -196,7 +294,7 @@ def lookup_tile(rows: int) -> Any:
                     sums = new
                 return sums
 
-            sums = block.sums(ir.Constant(floats, [0.0] * lanes), rows, words, step)
+            sums = block.sums(ir.Constant(floats, [0.0] * lanes), rows, block.long(0), words, step)
             for row in range(rows):
                 for j, total in enumerate(sums[row]):
                     at = block.long(lanes * j)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_stompp.kernels import operators
-from hf_stompp.kernels.operands import Operands
+from hf_stompp.kernels.operands import Operands, are_signed
 
 if TYPE_CHECKING:
     from hf_stompp.layers.packed import PackedLinear
@@ -87,7 +87,10 @@ class _Outputs:
 
 class SharedInput:
     """Packed linear layers that binarize the same input in the same way, as a query, a key and a value: the first of
-    them that is called computes what all of them give, and leaves it with the input for the others."""
+    them that is called computes what all of them give, and leaves it with the input for the others.
+
+    An input from inference mode does not tell whether it was written to in between; [`~hf_stompp.fusion.fuse`] groups
+    no layers between which a model does that."""
 
     def __init__(self, layers: Iterable["PackedLinear"]) -> None:
         layers = list(layers)
@@ -118,7 +121,7 @@ def sharing(layers: Sequence[Any]) -> bool:
     first, *others = layers
     return all(
         torch.equal(one.activation_threshold, first.activation_threshold)
-        and bool(one.activation_levels[0] < 0) == bool(first.activation_levels[0] < 0)
+        and are_signed(one.activation_levels) == are_signed(first.activation_levels)
         and (one.bias is None) == (first.bias is None)
         for one in others
     )

@@ -81,6 +81,8 @@ class PackedLayer(ExactLayer):
     bias: Any
     weight_scale: Tensor
     next_threshold: Tensor | None
+    takes_bits: bool = False
+    """Whether another layer hands bits on to this one (see [`~hf_stompp.fusion.fuse`]); else int32 is refused."""
 
     @classmethod
     def empty(cls, layer: Any, binary_input: bool) -> Self:
@@ -94,7 +96,7 @@ class PackedLayer(ExactLayer):
         packed.register_parameter("bias", layer.bias)
         packed.register_buffer("weight_scale", torch.ones(outputs, **float32))
         packed.register_buffer("activation_threshold", torch.zeros(features, **float32) if binary_input else None)
-        packed.register_buffer("activation_levels", torch.ones(2, **float32) if binary_input else None)
+        packed.register_buffer("activation_levels", torch.tensor([-1.0, 1.0], **float32) if binary_input else None)
         packed.register_buffer("next_threshold", None, persistent=False)
         return packed
 
@@ -122,6 +124,10 @@ class PackedLayer(ExactLayer):
         layer.register_parameter("weight", nn.Parameter(self.dequantized_weight()))
         layer.register_parameter("bias", self.bias)
         return layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        operators.forget(self.weight)
+        return super()._apply(fn, recurse)
 
     def dequantized_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the bits and scales stand for, in the shape of the full-precision one, rounded to
@@ -202,7 +208,8 @@ class PackedLinear(PackedLayer, nn.Linear):
         return rows
 
     def forward(self, input: Tensor) -> Tensor:
-        if operators.cover(input, -1, self.in_features, self._buffers["activation_threshold"] is not None):
+        binary = self._buffers["activation_threshold"] is not None
+        if operators.cover(input, -1, self.in_features, binary, self.takes_bits):
             operands = self.operands()
             served = input.device.type == "cpu" and not operators.as_operator(input, operands)
             if self.shared is not None and served:  # its tensors stay on the CPU
@@ -257,7 +264,9 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         return plain and self.activation_threshold is not None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.known_to_kernels and operators.cover(input, self.FEATURE_AXIS, self.in_channels, True):
+        if self.known_to_kernels and operators.cover(
+            input, self.FEATURE_AXIS, self.in_channels, True, self.takes_bits
+        ):
             padding: Any = self.padding  # numbers: see `known_to_kernels`
             geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation)
             return operators.conv2d(input, self.operands(), geometry)

@@ -315,17 +315,21 @@ def test_an_interrupt_waits_for_the_threads() -> None:
         signal.signal(signal.SIGALRM, before)
 
 
-def test_what_is_compiled_of_other_files_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_of_other_files_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one.py").write_text("1")
     (tmp_path / "two.py").write_text("2")
     monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
-    for name, forgotten in (("one.py", True), (None, False), ("two.py", True)):
-        if name:
-            (tmp_path / name).write_text(f"changed {name}")
-        for file in tmp_path.glob("*.py"):
-            os.utime(file, (1, 1))
-        kernels._forget_stale()
-        assert all((file.stat().st_mtime > 1) == forgotten for file in tmp_path.glob("*.py"))
+    numba, folders = pytest.importorskip("numba"), [kernels._folder()]
+    assert tmp_path in folders[0].parents and folders[0] == kernels._folder()
+    for name in ("one.py", "two.py"):
+        (tmp_path / name).write_text(f"changed {name}")
+        folders.append(kernels._folder())
+    assert len(set(folders)) == 3
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "chosen"))
+    assert kernels._folder() == tmp_path / "chosen" / folders[-1].name
+    with kernels._kept_apart():
+        assert numba.config.CACHE_DIR == str(tmp_path / "chosen" / folders[-1].name)
+    assert numba.config.CACHE_DIR == str(tmp_path / "chosen")
 
 
 # --- the shift, and scales -----------------------------------------------------------------------------------------

@@ -1,11 +1,6 @@
 """The kernels of packed layers against float64, sampled over shapes and on values at the edges."""
 
 import copy
-import importlib.util
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from hf_stompp import kernels
+from hf_stompp.kernels.operands import PANELS
 from hf_stompp.layers import PackedConv2d, PackedLinear
 from hf_stompp.packing import pack_signs
 
 pytest.importorskip("numba", reason="the extra `fast` is not installed: there are no kernels to test")
 
-from hf_stompp.kernels.panels import _ATTRIBUTE  # noqa: E402
-
 GENERATOR = np.random.default_rng(0)
 LEVELS = {"signed": (-0.7, 0.7), "unsigned": (0.0, 0.7), "weights only": None}
-SHAPES = [(0, 3, 5), (1, 1, 1), (1, 200, 200), (200, 1, 1), (6, 64, 64), (7, 63, 65), (49, 31, 33), (48, 32, 64)]
+SHAPES = [
+    (0, 3, 5),
+    (1, 1, 1),
+    (1, 200, 200),
+    (200, 1, 1),
+    (2, 0, 3),
+    (60, 0, 70),
+    (6, 64, 64),
+    (7, 63, 65),
+    (49, 31, 33),
+    (48, 32, 64),
+]
 SHAPES += [tuple(GENERATOR.integers(1, 201, 3).tolist()) for _ in range(40)]
 INF, NAN = float("inf"), float("nan")
 
@@ -183,7 +188,7 @@ def test_convolutions(geometry: str, kind: str) -> None:
 
 @torch.no_grad()
 def test_what_is_written_to_a_layer_is_seen() -> None:
-    """What is laid out for the kernels follows the layer: in place, by loading, by a cast."""
+    """What is laid out for the kernels follows the layer: in place, by loading, by another tensor."""
     packed, _ = linear(40, 70, "signed")
     x = torch.randn(4, 40)
     changes: list[Callable[[], Any]] = [
@@ -205,6 +210,81 @@ def test_what_is_written_to_a_layer_is_seen() -> None:
         with kernels.use("reference"):
             assert torch.allclose(after, packed(x), rtol=1e-4, atol=1e-4)
         assert not torch.equal(before, after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float64, "cpu", "meta"], ids=str)
+def test_what_is_laid_out_is_dropped_by_a_cast(cast: Any) -> None:
+    packed, signs = linear(40, 70, "signed")
+    x = torch.randn(4, 40)
+    with kernels.use("cpu"):
+        packed(x)
+        assert hasattr(packed.weight, PANELS)
+        before = packed.weight
+        packed.to(cast)
+        assert not hasattr(before, PANELS) and not hasattr(packed.weight, PANELS)
+        if cast == "meta":
+            return
+        y = packed(x)
+    expected, size = in_float64(packed, x, signs)
+    assert ((y - expected).abs() <= 1e-6 * size).all()
+
+
+@torch.inference_mode()
+def test_what_is_written_to_a_layer_from_inference_mode_is_seen() -> None:
+    """Its tensors count no versions."""
+    packed, _ = linear(40, 70, "signed")
+    x = torch.randn(4, 40)
+    for change in (
+        lambda: packed.weight_scale.mul_(2),
+        lambda: packed.weight.bitwise_not_(),
+        lambda: packed.bias.add_(1),
+    ):
+        with kernels.use("cpu"):
+            before = packed(x)
+            assert torch.equal(packed(x), before)
+            change()
+            after = packed(x)
+        with kernels.use("reference"):
+            assert torch.allclose(after, packed(x), rtol=1e-4, atol=1e-4)
+        assert not torch.equal(before, after)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_another_default_dtype_or_device_changes_nothing(default: Any) -> None:
+    layer = nn.Conv2d(34, 70, 3)
+    weights = [fill(layer, torch.randn_like(layer.weight), LEVELS[kind]) for kind in LEVELS]
+    cases = [(packed, torch.randn(2, 34, 5, 8)) for packed in weights]
+    cases += [(linear(40, 70, kind)[0], torch.randn(rows, 40)) for kind in LEVELS for rows in (3, 60)]
+    with kernels.use("cpu"):
+        expected = [copy.deepcopy(packed)(x) for packed, x in cases] + [cases[3][0].dequantized_weight()]
+        try:
+            if default == "meta":
+                torch.set_default_device(default)
+            else:
+                torch.set_default_dtype(default)
+            found = [packed(x) for packed, x in cases] + [cases[3][0].dequantized_weight()]
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and one.device.type == "cpu" and torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_levels_that_the_kernels_do_not_know_are_refused() -> None:
+    packed, _ = linear(40, 70, "signed")
+    packed.activation_levels.copy_(torch.tensor([-0.25, 0.75]))
+    with kernels.use("cpu"), pytest.raises(ValueError, match=r"activation_levels is \(-0.25, 0.75\), but the kernels"):
+        packed(torch.randn(4, 40))
+
+
+@torch.no_grad()
+def test_integers_are_no_bits_where_no_layer_hands_them_on() -> None:
+    packed, _ = linear(2, 70, "signed")
+    with kernels.use("cpu"), pytest.raises(TypeError, match="takes floats, but its input is torch.int32"):
+        packed(torch.zeros(4, 2, dtype=torch.int32))
 
 
 @torch.no_grad()
@@ -248,7 +328,7 @@ def test_copies_make_their_own(tmp_path: Path) -> None:
         y = packed(x)
         torch.save(packed, tmp_path / "layer.pt")
         loaded = torch.load(tmp_path / "layer.pt", weights_only=False)
-        assert getattr(loaded.weight, _ATTRIBUTE, None) is None
+        assert getattr(loaded.weight, PANELS, None) is None
         for copied in (loaded, copy.deepcopy(packed)):
             assert torch.equal(copied(x), y)
             copied.weight_scale.mul_(2)
@@ -321,33 +401,6 @@ def test_under_autocast_the_dtype_is_that_of_a_linear_layer() -> None:
         assert torch.equal(y, packed(x).bfloat16())
 
 
-def test_the_backend_can_be_chosen_for_a_while() -> None:
-    with kernels.use("reference"):
-        assert kernels.backend() == "reference" and "backend: reference" in kernels.info()
-        with kernels.use("cpu"):
-            assert kernels.backend() == "cpu" and "population count" in kernels.info()
-        assert kernels.backend() == "reference"
-    with kernels.use("cpu"), kernels.use("reference"):
-        with kernels.use("cpu"):
-            pass
-        assert kernels.backend() == "reference"
-        if importlib.util.find_spec("triton"):
-            with kernels.use("triton"):
-                assert kernels.backend() == "reference"
-    with pytest.raises(ValueError, match="the backend is 'gpu'; allowed: cpu, triton, reference"), kernels.use("gpu"):
-        pass
-
-
-def test_a_layer_says_what_computes_it() -> None:
-    grouped = nn.Conv2d(4, 4, 3, groups=2)
-    for backend in ("cpu", "reference"):
-        with kernels.use(backend):
-            assert f"input_bits=1, backend={backend}" in repr(linear(40, 70, "signed")[0])
-            assert f"input_bits=32, backend={backend}" in repr(linear(40, 70, "weights only")[0])
-            assert "backend=reference" in repr(linear(40, 70, "signed")[0].to("meta"))
-            assert "backend=reference" in repr(fill(grouped, grouped.weight, LEVELS["signed"]))
-
-
 @torch.no_grad()
 def test_one_weight_may_be_read_in_several_ways() -> None:
     """Rows of 10 and of 12 bits take as many bytes; what was laid out for the one is nothing for the other."""
@@ -375,37 +428,3 @@ def test_a_kernel_that_does_not_fit_is_refused() -> None:
     packed = fill(layer, layer.weight, LEVELS["signed"])
     with kernels.use("cpu"), pytest.raises(RuntimeError, match=r"A kernel of \(5, 5\) does not fit"):
         packed(torch.randn(1, 3, 4, 4))
-
-
-OTHER_PROCESSOR = """
-import numpy as np, torch
-from torch import nn
-from hf_stompp import kernels
-from hf_stompp.layers import PackedLinear
-from hf_stompp.packing import pack_signs
-
-assert "3 weights to a look-up" in kernels.info() and "by tables" in kernels.info(), kernels.info()
-for rows, features, outputs in ((1, 1, 1), (7, 29, 70), (33, 200, 65), (18, 64, 130)):
-    x, weight = torch.randn(rows, features), torch.randn(outputs, features)
-    for binary in (True, False):
-        layer = PackedLinear.empty(nn.Linear(features, outputs), binary)
-        layer.weight.copy_(pack_signs(weight))
-        signs = [np.where(values.numpy() >= 0, 1.0, -1.0) for values in (x, weight)]
-        if binary:
-            layer.activation_levels.copy_(torch.tensor([-1.0, 1.0]))
-        inputs = signs[0] if binary else x.double().numpy()
-        with torch.no_grad():
-            error = np.abs(layer(x).numpy() - (inputs @ signs[1].T + layer.bias.numpy()))
-        assert error.max() < 1e-4, (rows, features, outputs, binary, error.max())
-"""
-
-
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="tells numba of an x86 processor")
-def test_a_processor_with_shorter_vectors() -> None:
-    features = "sse,sse2,sse3,ssse3,sse4.1,sse4.2,avx,avx2,fma,bmi,bmi2,popcnt,lzcnt,f16c,movbe".split(",")
-    environment = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in features)}
-    environment["HF_STOMPP_KERNELS"] = "cpu"
-    done = subprocess.run(
-        [sys.executable, "-c", OTHER_PROCESSOR], env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
