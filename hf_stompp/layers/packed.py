@@ -85,6 +85,8 @@ class PackedLayer(ExactLayer):
     """Whether another layer hands bits on to this one (see [`~hf_stompp.fusion.fuse`]); else int32 is refused."""
 
     @classmethod
+    @torch.inference_mode(False)  # whose tensors do not tell when they are written to
+    @torch.no_grad()
     def empty(cls, layer: Any, binary_input: bool) -> Self:
         """A layer of the shape of `layer`, on its device, whose tensors are still to be filled in."""
         packed = shaped_as(layer, cls, cls.ATTRIBUTES)
@@ -101,6 +103,7 @@ class PackedLayer(ExactLayer):
         return packed
 
     @classmethod
+    @torch.inference_mode(False)
     @torch.no_grad()
     def from_binary(cls, layer: BinaryLayer) -> Self:
         """Packs a latent layer, taking every entry as frozen."""

@@ -80,6 +80,16 @@ def test_linear_layers_of_all_shapes(rows: int, features: int, outputs: int, kin
     assert ((y - expected).abs() <= 1e-6 * size + 1e-30).all()
 
 
+@torch.no_grad()
+def test_sums_of_more_features_than_short_integers_count() -> None:
+    packed = fill(nn.Linear(70_000, 3), torch.ones(3, 70_000), (-1.0, 1.0))
+    packed.activation_threshold.zero_()
+    with kernels.use("cpu"):
+        for sign in (-1.0, 1.0):
+            y = packed(torch.full((5, 70_000), sign))
+            assert torch.allclose(y, (sign * 70_000 * packed.weight_scale + packed.bias).expand(5, 3), rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["signed", "unsigned"])
 @torch.no_grad()
 def test_values_on_the_edge_of_a_bit(kind: str) -> None:
@@ -234,6 +244,9 @@ def test_what_is_laid_out_is_dropped_by_a_cast(cast: Any) -> None:
 def test_what_is_written_to_a_layer_from_inference_mode_is_seen() -> None:
     """Its tensors count no versions."""
     packed, _ = linear(40, 70, "signed")
+    assert not packed.weight.is_inference() and not packed.weight_scale.is_inference()
+    packed.weight_scale, packed.weight = packed.weight_scale.clone(), nn.Parameter(packed.weight.clone(), False)
+    assert packed.weight.is_inference() and packed.weight_scale.is_inference()
     x = torch.randn(4, 40)
     for change in (
         lambda: packed.weight_scale.mul_(2),
