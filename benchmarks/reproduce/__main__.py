@@ -20,6 +20,13 @@ from benchmarks.reproduce.study import ROOT, STUDIES, Study
 
 
 def main() -> None:
+    try:
+        _main()
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _main() -> None:
     arguments, rest = _parser().parse_known_args()
     if arguments.command == "list":
         for path in sorted(STUDIES.glob("*.yaml")):
@@ -33,8 +40,14 @@ def main() -> None:
         results = arguments.results.resolve() / f"{study.name}.jsonl"
         if arguments.command == "run":
             run_study(study, results, arguments.work_dir.resolve(), arguments.jobs, flags)
+        if not results.exists():
+            raise FileNotFoundError(
+                f"results: there is no {results}. `run {study.name}` makes one in out/reproduce, which `report "
+                f"{study.name} --results out/reproduce` shows."
+            )
         print(report(study, results))
-        draw_all(study, results)
+        for picture in draw_all(study, results):
+            print(picture)
 
 
 def _parser() -> argparse.ArgumentParser:

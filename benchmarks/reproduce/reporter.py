@@ -23,7 +23,8 @@ def report(study: Study, results: Path) -> str:
     lines, failed = collect(study, results)
     scores = _scores(lines)
     made = f"{sum(map(len, scores.values()))} of {len(study.runs)} runs"
-    parts = [f"## {study.name}\n\n{study.about.strip()} {made}; final checkpoints, times 100."]
+    head = f"## {study.name}\n\n{study.about.strip()} {made}; final checkpoints, times 100, ± deviation of seeds."
+    parts = [head]
     parts += [f"{len(failed)} runs ended with an error, as: {failed[0]}"] if failed else []
     if scores:
         parts.append(table(study, scores))
@@ -33,13 +34,17 @@ def report(study: Study, results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def draw_all(study: Study, results: Path) -> None:
+def draw_all(study: Study, results: Path) -> list[Path]:
     """The study's pictures, beside the results."""
     lines, _ = collect(study, results)
+    pictures = []
     if lines and study.plot:
-        draw(study, _scores(lines), results.with_suffix(".svg"))
+        pictures.append(results.with_suffix(".svg"))
+        draw(study, _scores(lines), pictures[-1])
     if lines and study.curves:
-        draw_curves(study, lines, results.with_name(f"{results.stem}_curves.svg"))
+        pictures.append(results.with_name(f"{results.stem}_curves.svg"))
+        draw_curves(study, lines, pictures[-1])
+    return pictures
 
 
 def _scores(lines: Lines) -> Scores:

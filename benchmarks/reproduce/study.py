@@ -14,7 +14,8 @@ from recipes.recipe_flags import as_flags
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = Path(__file__).parent / "studies"
 _SHOWN = ("baseline", "plot", "needed", "dips", "curves")
-_KEYS = {"about", "recipe", "config", "flags", "axes", "grids", "seeds", "table", *_SHOWN}
+_NEEDED = ("about", "recipe", "axes", "table")
+_KEYS = {*_NEEDED, "config", "flags", "grids", "seeds", *_SHOWN}
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,12 @@ class Run:
 
 
 def _content(config: str | None) -> Any:
+    if config is None:
+        return None
     path = ROOT / "recipes" / "configs" / f"{config}.yaml"
-    return None if config is None else yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise FileNotFoundError(f"config: received {config!r}; allowed: the name of a file in recipes/configs.")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,16 @@ class Study:
         if not path.is_file():
             known = ", ".join(sorted(each.stem for each in STUDIES.glob("*.yaml")))
             raise FileNotFoundError(f"study: received {name!r}; allowed: {known}, or the path of a YAML file.")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: it is no YAML ({' '.join(str(error).split())}).") from error
+        missing = [key for key in _NEEDED if key not in (content or {})]
+        if missing:
+            raise ValueError(f"{path}: the key {missing[0]!r} is missing; a study has {', '.join(_NEEDED)}.")
+        if not (ROOT / "recipes" / f"{content['recipe']}.py").is_file():
+            known = ", ".join(sorted(each.stem for each in (ROOT / "recipes").glob("run_*.py")))
+            raise ValueError(f"{path}: recipe is {content['recipe']!r}; allowed: {known}.")
         unknown = sorted(set(content) - _KEYS)
         if unknown:
             raise ValueError(f"{path}: received the key {unknown[0]!r}; allowed: {', '.join(sorted(_KEYS))}.")
@@ -164,5 +178,8 @@ def _check_axes(path: Path, content: dict[str, Any], axes: dict[str, Any]) -> No
         for name in names:
             if name not in axes:
                 raise ValueError(f"{path}: {part} names the axis {name!r}; allowed: {', '.join(axes)}.")
+    for axis, place in content.get("baseline", {}).items():
+        if place not in axes[axis]:
+            raise ValueError(f"{path}: baseline is {axis} {place!r}; allowed: {', '.join(axes[axis])}.")
     if set(content["table"]) != set(axes):
         raise ValueError(f"{path}: table is {content['table']}; allowed: all axes, {', '.join(axes)}, in any order.")

@@ -187,7 +187,7 @@ def _short(names: Sequence[str]) -> str:
 def _draw_losses(axes: Any, log: TrainingLog) -> None:
     for step in log.windows():
         axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
-    for key, label, style in (("loss", "training loss", "-"), ("eval_loss", "evaluation loss", "o--")):
+    for key, label, style in (("loss", "training loss", ".-"), ("eval_loss", "evaluation loss", "o--")):
         steps, values = log.series(key)
         if steps:
             axes.plot(steps, values, style, label=label, markersize=3)
@@ -206,7 +206,7 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
 
 
 def _draw_gradients(axes: Any, log: TrainingLog) -> None:
-    axes.set_title("Gradient that reaches each unit: where it is dark, none is let through from above", loc="left")
+    axes.set_title("Gradient that reaches each unit (black: none is let through)", loc="left")
     steps, norms = log.series("unit_gradients")
     if not steps:
         axes.text(0.5, 0.5, "not logged (it is not under torch.compile)", transform=axes.transAxes, ha="center")
@@ -219,12 +219,12 @@ def _draw_gradients(axes: Any, log: TrainingLog) -> None:
 
 
 def _draw_flips(axes: Any, log: TrainingLog) -> None:
-    axes.plot(*log.series("flip_ratio"), label="all units", color="black")
+    axes.plot(*log.series("flip_ratio"), ".-", label="all units", color="black")
     steps, flips = log.series("unit_flips")
     if steps:
         units = np.array(flips)
         for unit in sorted({0, len(log.units) // 2, len(log.units) - 1}):
-            axes.plot(steps, units[:, unit], label=_short(log.units[unit]), linewidth=1, alpha=0.8)
+            axes.plot(steps, units[:, unit], ".-", label=_short(log.units[unit]), linewidth=1, alpha=0.8)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("flip ratio")
     axes.set_title("Share of signs that changed since the last log", loc="left")
