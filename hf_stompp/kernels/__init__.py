@@ -215,10 +215,15 @@ def _kept_apart() -> Iterator[None]:
 
 
 def _folder() -> Path:
-    """Where what is compiled of these files is kept; of others, as of another version of the package, elsewhere. numba
-    looks only at the file that a kernel is in, and it takes parts from others."""
+    """Where what is compiled of these files for this processor is kept; of others elsewhere. numba looks only at the
+    file that a kernel is in, and it takes parts from others; and of processes for several processors that compile at
+    the same time, as in a cluster with one home, one may find the code of another."""
     here = Path(__file__).parent
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(here.glob("*.py")))).hexdigest()
+    binding, config = importlib.import_module("llvmlite.binding"), importlib.import_module("numba").config
+    features = binding.get_host_cpu_features().flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    processor = config.CPU_NAME or binding.get_host_cpu_name(), features
+    files = b"".join(file.read_bytes() for file in sorted(here.glob("*.py")))
+    digest = hashlib.sha256(files + repr(processor).encode()).hexdigest()
     if chosen := importlib.import_module("numba").config.CACHE_DIR:
         return Path(chosen, f"hf_stompp-{digest[:16]}")
     if os.access(here, os.W_OK):

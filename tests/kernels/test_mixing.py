@@ -319,11 +319,16 @@ def test_what_is_compiled_of_other_files_is_elsewhere(tmp_path: Path, monkeypatc
     (tmp_path / "one.py").write_text("1")
     (tmp_path / "two.py").write_text("2")
     monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
-    numba, folders = pytest.importorskip("numba"), [kernels._folder()]
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    folders = [kernels._folder()]
     assert tmp_path in folders[0].parents and folders[0] == kernels._folder()
     for name in ("one.py", "two.py"):
         (tmp_path / name).write_text(f"changed {name}")
         folders.append(kernels._folder())
+    with monkeypatch.context() as other:
+        other.setattr(numba.config, "CPU_FEATURES", "+avx512f")
+        assert kernels._folder() not in folders
     assert len(set(folders)) == 3
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "chosen"))
     assert kernels._folder() == tmp_path / "chosen" / folders[-1].name
