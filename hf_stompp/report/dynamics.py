@@ -185,14 +185,14 @@ def _short(names: Sequence[str]) -> str:
 
 
 def _draw_losses(axes: Any, log: TrainingLog) -> None:
-    for step in log.windows():
-        axes.axvline(step, color="0.85", linewidth=0.8, zorder=0)
+    for number, step in enumerate(log.windows()):
+        axes.axvline(step, color="0.85", linewidth=0.8, zorder=0, label="_" if number else "a unit is frozen")
     for key, label, style in (("loss", "training loss", ".-"), ("eval_loss", "evaluation loss", "o--")):
         steps, values = log.series(key)
         if steps:
             axes.plot(steps, values, style, label=label, markersize=3)
     axes.set_ylabel("loss")
-    axes.set_title("Loss and score; grey: a unit is fully frozen", loc="left")
+    axes.set_title("Loss and score", loc="left")
     scores = axes.twinx()
     for key, colour in zip(log.scores, ("tab:green", "tab:red", "tab:purple", "tab:brown"), strict=False):
         scores.plot(*log.series(key), "s-", color=colour, label=key.removeprefix("eval_"), markersize=3)
@@ -202,7 +202,7 @@ def _draw_losses(axes: Any, log: TrainingLog) -> None:
     lines = [*axes.get_lines(), *scores.get_lines()]
     named = [line for line in lines if not line.get_label().startswith("_")]
     # Beside the title, where no line is.
-    axes.legend(handles=named, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False)
+    axes.legend(handles=named, loc="lower right", bbox_to_anchor=(1, 1), ncols=4, fontsize=8, frameon=False)
 
 
 def _draw_gradients(axes: Any, log: TrainingLog) -> None:
