@@ -189,7 +189,7 @@ def test_the_first_log_of_a_resumed_run_is_of_the_steps_since_its_checkpoint(lau
         for key in ours | theirs
         if ours[key] != theirs[key]
     }
-    assert differing == {(5, "loss"), (5, "flip_ratio")}
+    assert differing == {(5, "loss"), (5, "flip_ratio"), (5, "unit_flips")}
 
 
 def test_two_processes_that_are_killed_are_resumed_to_the_same_losses(launch: Launch, tmp_path: Path) -> None:

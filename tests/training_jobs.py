@@ -144,7 +144,7 @@ def drive(wrapping: str, config: dict[str, Any]) -> dict[str, Any]:
         if processes > 1:
             dist.all_reduce(mean)
         losses.append(mean.item() / processes)
-        flips.append(callback._flip_ratio())
+        flips.append(callback._probes.flips()[0])
     whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state_of(model).items()}
     shards = {name: tuple(layer.weight.to_local().shape) for name, layer in binary_layers(model).items()} if (
         wrapping == "fsdp"
