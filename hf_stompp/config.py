@@ -56,6 +56,10 @@ class BinarizationConfig(QuantizationConfigMixin):
         >>> weights_only = BinarizationConfig(activations=False)
         >>> clipped_network = BinarizationConfig(progression="none", progression_start=1.0)
 
+    Defaults are those that the results in the README and docs/vision.md were made with. In deep networks and few
+    steps wider windows were better, as docs/reproduction.md shows: `overlap` of half the number of units, and
+    `progression_end=0.75`, or 0.9 with `surrogate="none"`.
+
     Source: arXiv 2601.22660, arXiv 2606.27759.
     """
 
@@ -205,7 +209,7 @@ class BinarizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """The settings of a thing that users do, as the studies found them best (docs/reproduction.md).
+        """The settings of a thing that users do, as the recipes for it have them.
 
         Args:
             name (`str`): `bert-w1a1`: 1-bit weights and activations of a BERT, GELU replaced by ReLU; `resnet-w1a1`:
