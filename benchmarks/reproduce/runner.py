@@ -56,11 +56,12 @@ def run_study(study: Study, results: Path, work_dir: Path, jobs: int, flags: dic
     threads = max(1, (os.cpu_count() or 1) // jobs)
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(threads,))
+    environment = _environment()  # of the code that runs, whatever is committed meanwhile
     try:
         with tqdm(total=len(missing), desc=study.name) as bar:
             made = {pool.submit(execute, run, str(work_dir / identity(run, flags)), flags): run for run in missing}
             for future in as_completed(made):
-                line = {**_described(made[future], flags), **future.result(), **_environment()}
+                line = {**_described(made[future], flags), **future.result(), **environment}
                 _append(results, line)
                 bar.update()
                 score = line["error"] or f"{line['score']:.3f}"
@@ -181,6 +182,7 @@ def _scores(folder: Path) -> dict[str, Any]:
         "latent_score": results["rows"][0][metric],
         "bytes": last["bytes"],
         "train_seconds": results["train_seconds"],
+        "binarization": results["binarization"],  # with the defaults of that day
         "curve": curve,
     }
 
