@@ -44,7 +44,9 @@ from transformers.utils import logging
 
 from hf_stompp import BinarizationConfig, binarize, pack
 from hf_stompp.fusion import fuse
-from hf_stompp.kernels.vectors import WIDTH, inputs_of_tile, popcount_tile
+from hf_stompp.kernels.blocks import WIDTH
+from hf_stompp.kernels.processor import inputs_of_tile
+from hf_stompp.kernels.vectors import popcount_tile
 from hf_stompp.layers import PackedConv2d, PackedLinear
 from hf_stompp.packing import pack_signs
 from hf_stompp.patching import binary_layers, packed_layers

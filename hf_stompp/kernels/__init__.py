@@ -118,9 +118,9 @@ def info() -> str:
         numba = importlib.import_module("numba")
         lines["numba"] = numba.__version__
         if active == "cpu":
-            vectors = loaded("vectors")
-            lines["1-bit weights and inputs"] = f"cpu, population count {vectors.popcount_of_processor()}"
-            at_once = vectors.features_of_lookup()
+            processor = loaded("processor")
+            lines["1-bit weights and inputs"] = f"cpu, population count {processor.popcount_of_processor()}"
+            at_once = processor.features_of_lookup()
             lookup = f"cpu, {at_once} weights to a look-up" if at_once else "reference: the processor has no AVX2"
             lines["1-bit weights alone"] = lookup
             lines["compiled kernels in"] = str(_folder())
@@ -241,7 +241,7 @@ def _load(asked_by: str | None) -> bool:
     """
     try:
         with _loading, _announced():
-            lookup = ("weights",) if loaded("vectors").features_of_lookup() else ()
+            lookup = ("weights",) if loaded("processor").features_of_lookup() else ()
             for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)
     except Exception as error:  # numba for another numpy, no folder for what it compiles, …

@@ -14,10 +14,12 @@ import torch
 from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
+from hf_stompp.kernels.blocks import WIDTH
 from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.panels import Panels, panels
+from hf_stompp.kernels.processor import inputs_of_tile
 from hf_stompp.kernels.threads import KERNEL, in_blocks
-from hf_stompp.kernels.vectors import WIDTH, inputs_of_tile, ladder, one_bit, pointer, popcount_tile, sixteen_bits
+from hf_stompp.kernels.vectors import ladder, one_bit, pointer, popcount_tile, sixteen_bits
 
 ROWS = 48
 """Inputs that are packed at a time: their bits stay in the first cache while all weights pass."""

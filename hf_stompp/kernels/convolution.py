@@ -12,10 +12,11 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from hf_stompp.kernels.binary import FLAGS, KINDS, ROWS, SERIAL, as_expected, multiply, pack_rows, readable, result
+from hf_stompp.kernels.blocks import WIDTH
 from hf_stompp.kernels.operands import Geometry, Operands
 from hf_stompp.kernels.panels import panels
 from hf_stompp.kernels.threads import KERNEL, in_blocks
-from hf_stompp.kernels.vectors import WIDTH, pointer
+from hf_stompp.kernels.vectors import pointer
 
 _PACKED_ALONE = 1 << 16
 """Floats whose packing a thread is worth."""

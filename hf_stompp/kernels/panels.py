@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_stompp.kernels.blocks import WIDTH
 from hf_stompp.kernels.operands import PANELS, Operands, are_signed, check_shapes
-from hf_stompp.kernels.vectors import WIDTH, counts_nibbles
+from hf_stompp.kernels.processor import counts_nibbles
 
 _making = threading.Lock()
 """The first requests to a server come at the same time, and one of them is to do it."""

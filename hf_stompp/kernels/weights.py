@@ -11,10 +11,12 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from torch import Tensor
 
 from hf_stompp.kernels.binary import FLAGS, SERIAL, copy, result
+from hf_stompp.kernels.blocks import WIDTH
 from hf_stompp.kernels.operands import Operands
 from hf_stompp.kernels.panels import panels
+from hf_stompp.kernels.processor import features_of_lookup
 from hf_stompp.kernels.threads import KERNEL, in_blocks
-from hf_stompp.kernels.vectors import WIDTH, features_of_lookup, ladder, lookup_tile, pointer, sums_of_signs
+from hf_stompp.kernels.vectors import ladder, lookup_tile, pointer, sums_of_signs
 
 _AT_ONCE = features_of_lookup()
 _LANES, _GROUPS = 1 << _AT_ONCE, 32 // _AT_ONCE
