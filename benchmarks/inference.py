@@ -85,14 +85,15 @@ def main() -> None:
     getLogger().setLevel(ERROR)  # onnxruntime gives advice
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"inference_{args.kind}_{args.threads}.json"
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for row in (layers if args.kind == "layers" else models)(args):
             rows.append(row)
             show(row, rows[-2] if len(rows) > 1 else None)
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"inference_{args.kind}_{args.threads}.json"
-    path.write_text(json.dumps({"processor": processor(), "threads": args.threads, "rows": rows}, indent=2) + "\n")
+            measured = {"processor": processor(), "threads": args.threads, "rows": rows}
+            path.write_text(json.dumps(measured, indent=2) + "\n")  # if it is stopped, so far
     if args.kind == "models":
         chart(rows, path.with_suffix(".svg"))
 

@@ -218,7 +218,8 @@ class BinarizationConfig(QuantizationConfigMixin):
             changes: Fields that are otherwise, as `exclude=["*.query"]`.
 
         Raises:
-            ValueError: There is no such preset.
+            TypeError: There is no such field.
+            ValueError: There is no such preset, or a field is out of range.
 
         Example:
 
@@ -227,6 +228,9 @@ class BinarizationConfig(QuantizationConfigMixin):
         """
         if name not in PRESETS:
             raise ValueError(f"BinarizationConfig.preset: received {name!r}; allowed: {', '.join(PRESETS)}.")
+        allowed = [field.name for field in dataclasses.fields(cls) if field.init]
+        if unknown := sorted(set(changes) - set(allowed)):
+            raise TypeError(f"BinarizationConfig.preset: received {unknown[0]!r}; allowed: {', '.join(allowed)}.")
         return cls(**{**PRESETS[name], **changes})
 
     def unit_fractions(self, step: int, max_steps: int, units: int) -> Sequence[float]:

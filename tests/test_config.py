@@ -351,3 +351,8 @@ def test_presets() -> None:
 def test_unknown_presets_are_refused() -> None:
     with pytest.raises(ValueError, match=r"preset: received 'bert'; allowed: bert-w1a1, resnet-w1a1"):
         BinarizationConfig.preset("bert")
+
+
+def test_misspelt_fields_of_presets_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"preset: received 'overlapp'; allowed: .*overlap, progression_start"):
+        BinarizationConfig.preset("bert-w1a1", overlapp=2)

@@ -12,11 +12,12 @@ import importlib.util
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -214,6 +215,18 @@ def _kept_apart() -> Iterator[None]:
         config.CACHE_DIR = before
 
 
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Within it, no other process compiles to [`_folder`]. numba numbers the files of a function's signatures by what
+    its index has, so that of two processes that add one at the same time, one may find the code of the other."""
+    folder = _folder()
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):  # a folder for reading alone; a file system without locks
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(folder / ".lock"))
+        yield
+
+
 def _folder() -> Path:
     """Where what is compiled of these files for this processor is kept; of others elsewhere. numba looks only at the
     file that a kernel is in, and it takes parts from others; and of processes for several processors that compile at
@@ -240,7 +253,7 @@ def _load(asked_by: str | None) -> bool:
         ImportError: They do not, and were asked for.
     """
     try:
-        with _loading, _announced():
+        with _loading, _announced(), _one_process():
             lookup = ("weights",) if loaded("processor").features_of_lookup() else ()
             for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)

@@ -113,7 +113,7 @@ def _arrays(x: Tensor, scale: Tensor, shift: Tensor | None, mask: Tensor | bool)
     """Rows of `x`, scales, rows of shifts and of the mask."""
     shifts = _NO_SHIFT if shift is None else _alongside(shift.detach(), x)
     masks = _NO_MASK if isinstance(mask, bool) else _alongside(mask, x)
-    return _rows(x), scale.detach().reshape(-1).numpy(), shifts, masks
+    return _rows(x), scale.detach().reshape(-1).contiguous().numpy(), shifts, masks
 
 
 def _alongside(values: Tensor, x: Tensor) -> np.ndarray:
@@ -122,7 +122,7 @@ def _alongside(values: Tensor, x: Tensor) -> np.ndarray:
         return _rows(values)
     if x.dim() == 4 and not _channels_last(x):
         values = values.expand(x.shape[1:])
-    return values.reshape(1, -1).numpy()
+    return values.reshape(1, -1).contiguous().numpy()
 
 
 def _mode(mask: Tensor | bool) -> int:
@@ -145,7 +145,13 @@ def _levels(scale, clip, unsigned):  # type: ignore[no-untyped-def]
     return threshold, lower, scale, low_end, clip * scale
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+# With their signatures, they are compiled when this is imported, by one process at a time.
+_ROWS, _ONE_A_ROW = "float32[:, ::1]", "float32[::1]"
+_INPUTS = f"{_ROWS}, {_ONE_A_ROW}, {_ROWS}, boolean[:, ::1]"
+_OPTIONS = "float32, int64, boolean, boolean"
+
+
+@numba.njit(f"void({_INPUTS}, {_ROWS}, {_OPTIONS})", nogil=True, cache=True, error_model="numpy")
 def _forward(x, scales, shifts, masks, out, clip, mode, unsigned, shifted):  # type: ignore[no-untyped-def]
     rows, columns = x.shape
     shift = shifts[0]
@@ -168,7 +174,13 @@ def _forward(x, scales, shifts, masks, out, clip, mode, unsigned, shifted):  # t
                 out[at, k] = hard if mask[k] else soft
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@numba.njit(
+    f"void({_INPUTS}, {_ROWS}, {_ROWS}, float64[::1], {_OPTIONS}, boolean)",
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+    fastmath={"reassoc"},
+)
 def _backward(x, scales, shifts, masks, grad, out, sums, clip, mode, unsigned, shifted, ste):  # type: ignore
     rows, columns = x.shape
     shift = shifts[0]
@@ -188,7 +200,7 @@ def _backward(x, scales, shifts, masks, grad, out, sums, clip, mode, unsigned, s
         sums[at] = total / upper
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
+@numba.njit(f"void({_ROWS}, {_ONE_A_ROW})", nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})
 def _row_means(x, out):  # type: ignore[no-untyped-def]
     rows, columns = x.shape
     for at in range(rows):
