@@ -8,7 +8,8 @@ All variants of a row run in turn, round by round in one process, so that a mach
 them alike. The tables give the median time of W1A1, and the medians of the ratios to it, round by round. Times are
 processor time of one thread, or with several threads wall time. Weights are random: speed only. glibc is told to keep
 the memory that it has, for all of them: else most of a large result is the system's work of finding memory. Writes
-`benchmarks/results/inference_KIND_THREADS.json`, and for models a chart beside it.
+`benchmarks/results/inference_KIND_THREADS.json`, and for models a chart beside it; until all rows are there, a
+`….partial.json`.
 
 *of the limit* is how much of the processor's own limit a layer reaches: of the rate of xor, population count and
 addition in the kernel's innermost loop on data in the first cache, which is measured in each round too.
@@ -45,7 +46,7 @@ from transformers.utils import logging
 from hf_stompp import BinarizationConfig, binarize, pack
 from hf_stompp.fusion import fuse
 from hf_stompp.kernels.blocks import WIDTH
-from hf_stompp.kernels.processor import inputs_of_tile
+from hf_stompp.kernels.processor import inputs_of_tile, popcount_of_processor
 from hf_stompp.kernels.vectors import popcount_tile
 from hf_stompp.layers import PackedConv2d, PackedLinear
 from hf_stompp.packing import pack_signs
@@ -87,13 +88,15 @@ def main() -> None:
     torch.manual_seed(0)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"inference_{args.kind}_{args.threads}.json"
+    so_far = path.with_suffix(".partial.json")
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for row in (layers if args.kind == "layers" else models)(args):
             rows.append(row)
             show(row, rows[-2] if len(rows) > 1 else None)
             measured = {"processor": processor(), "threads": args.threads, "rows": rows}
-            path.write_text(json.dumps(measured, indent=2) + "\n")  # if it is stopped, so far
+            so_far.write_text(json.dumps(measured, indent=2) + "\n")
+    so_far.replace(path)
     if args.kind == "models":
         chart(rows, path.with_suffix(".svg"))
 
@@ -101,7 +104,8 @@ def main() -> None:
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores, torch {torch.__version__}"
+    name = names[0] if names else "unknown"
+    return f"{name} ({popcount_of_processor()}), {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

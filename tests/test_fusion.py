@@ -252,7 +252,7 @@ def test_inputs_are_shared_where_their_bits_are_the_same() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64), (0, 5), (2, 3, 100), (70, 768)])
 @torch.no_grad()
 def test_sums_and_norms_against_float64(shape: tuple[int, ...]) -> None:
-    from hf_stompp.kernels.normalization import add_norm
+    add_norm = kernels.loaded("normalization").add_norm
 
     x, residual = torch.randn(2, *shape) * 3 + 1
     norm = nn.LayerNorm(shape[-1], eps=1e-12)
@@ -269,7 +269,7 @@ def test_sums_and_norms_against_float64(shape: tuple[int, ...]) -> None:
 
 @torch.no_grad()
 def test_sums_that_are_not_finite_are_nowhere_else() -> None:
-    from hf_stompp.kernels.normalization import add_norm
+    add_norm = kernels.loaded("normalization").add_norm
 
     x = torch.randn(4, 50)
     x[1, 3], x[2, 0] = float("nan"), float("inf")
@@ -405,8 +405,8 @@ def test_norms_that_are_put_in_afterwards_are_torchs_part(tiny_model: Factory, t
 
 
 def test_threads_give_the_same_sums_norms_and_weights() -> None:
-    from hf_stompp.kernels.dense import dense
-    from hf_stompp.kernels.normalization import add_norm
+    dense = kernels.loaded("dense").dense
+    add_norm = kernels.loaded("normalization").add_norm
 
     x, residual, bits = torch.randn(300, 768), torch.randn(300, 768), torch.randint(256, (900, 96), dtype=torch.uint8)
     threads, found = torch.get_num_threads(), []

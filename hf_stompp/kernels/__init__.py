@@ -6,19 +6,15 @@ Without them, on other devices and for whatever they do not cover, the same is c
 """
 
 import functools
-import hashlib
-import importlib
 import importlib.util
 import os
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
 
 import torch
-from filelock import FileLock
 from transformers.utils import logging
+
+from hf_stompp.kernels.compiling import announced, folder, loaded
 
 logger = logging.get_logger(__name__)
 
@@ -26,10 +22,6 @@ BACKENDS = ("cpu", "triton", "reference")
 """What can be asked for; `"triton"` leaves CPUs as they are."""
 _used: list[str] = []
 """What [`use`] asks for, the innermost last."""
-_loading = threading.RLock()
-"""One thread compiles, and the others wait for it."""
-_PATIENCE = 5.0
-"""Seconds for which nothing is said of that."""
 
 
 def backend() -> str:
@@ -124,7 +116,7 @@ def info() -> str:
             at_once = processor.features_of_lookup()
             lookup = f"cpu, {at_once} weights to a look-up" if at_once else "reference: the processor has no AVX2"
             lines["1-bit weights alone"] = lookup
-            lines["compiled kernels in"] = str(_folder())
+            lines["compiled kernels in"] = str(folder())
     for index in range(torch.cuda.device_count()):
         try:
             how = "triton" if on_gpu(index) else "reference; `HF_STOMPP_KERNELS=triton` asks for a kernel"
@@ -135,25 +127,6 @@ def info() -> str:
         idle = asked == "triton" and torch.cuda.device_count() == 0
         lines["HF_STOMPP_KERNELS"] = asked + (": there is no GPU here, so it changes nothing" if idle else "")
     return "\n".join(f"{name}: {value}" for name, value in lines.items())
-
-
-@functools.cache
-def loaded(name: str) -> Any:
-    """One of the modules of kernels, which import numba; that takes a second, and is not done before they are used."""
-    with _loading, nullcontext() if name == "gpu" else _kept_apart():  # that one is not of numba
-        return importlib.import_module(f"hf_stompp.kernels.{name}")
-
-
-@contextmanager
-def _announced() -> Iterator[None]:
-    """Says so if what is within takes long."""
-    message = "Compiling the bit kernels, once for this machine: half a minute."
-    timer = threading.Timer(_PATIENCE, logger.warning, args=(message,))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def _check(name: str, field: str) -> None:
@@ -173,7 +146,7 @@ def _lack_of_numba() -> str | None:
     if importlib.util.find_spec("numba") is None:
         return "not installed"
     try:
-        loaded("vectors")
+        loaded("processor")
     except Exception as error:  # it is for another numpy, …
         return f"installed, but does not work ({error})"
     return None
@@ -204,47 +177,6 @@ def _found() -> str:
     return "cpu" if _load("HF_STOMPP_KERNELS=cpu" if asked == "cpu" else None) else "reference"
 
 
-@contextmanager
-def _kept_apart() -> Iterator[None]:
-    """Within it, numba looks for what it compiled, and keeps it, in [`_folder`]."""
-    config = importlib.import_module("numba").config
-    before, config.CACHE_DIR = config.CACHE_DIR, str(_folder())
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Within it, no other process compiles to [`_folder`]. numba numbers the files of a function's signatures by what
-    its index has, so that of two processes that add one at the same time, one may find the code of the other."""
-    folder = _folder()
-    with ExitStack() as stack:
-        with suppress(OSError, NotImplementedError):  # a folder for reading alone; a file system without locks
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(folder / ".lock"))
-        yield
-
-
-def _folder() -> Path:
-    """Where what is compiled of these files for this processor is kept; of others elsewhere. numba looks only at the
-    file that a kernel is in, and it takes parts from others; and of processes for several processors that compile at
-    the same time, as in a cluster with one home, one may find the code of another."""
-    here = Path(__file__).parent
-    binding, config = importlib.import_module("llvmlite.binding"), importlib.import_module("numba").config
-    features = binding.get_host_cpu_features().flatten() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    processor = config.CPU_NAME or binding.get_host_cpu_name(), features
-    files = b"".join(file.read_bytes() for file in sorted(here.glob("*.py")))
-    digest = hashlib.sha256(files + repr(processor).encode()).hexdigest()
-    if chosen := importlib.import_module("numba").config.CACHE_DIR:
-        return Path(chosen, f"hf_stompp-{digest[:16]}")
-    if os.access(here, os.W_OK):
-        return here / "__pycache__" / f"hf_stompp-{digest[:16]}"
-    of_user = importlib.import_module("numba.misc.appdirs").user_cache_dir("numba", appauthor=False)
-    return Path(of_user, f"hf_stompp-{digest[:16]}")
-
-
 @functools.cache
 def _load(asked_by: str | None) -> bool:
     """Imports the kernels; whether they work.
@@ -253,7 +185,7 @@ def _load(asked_by: str | None) -> bool:
         ImportError: They do not, and were asked for.
     """
     try:
-        with _loading, _announced(), _one_process():
+        with announced():
             lookup = ("weights",) if loaded("processor").features_of_lookup() else ()
             for name in ("mixing", "binary", "convolution", "normalization", "dense", *lookup):
                 loaded(name)

@@ -36,7 +36,9 @@ def fits_with(x: Tensor, scale: Tensor, shift: Tensor | None, mask: Tensor | boo
         return False
     if shift is not None and (shift.dtype != torch.float32 or not _fits_alongside(x, shift)):
         return False
-    return isinstance(mask, bool) or _fits_alongside(x, mask) or (mask.shape == x.shape and _plain(mask, x))
+    if isinstance(mask, bool):
+        return True
+    return mask.dtype == torch.bool and (_fits_alongside(x, mask) or (mask.shape == x.shape and _plain(mask, x)))
 
 
 def _fits_alongside(x: Tensor, values: Tensor) -> bool:
@@ -119,7 +121,7 @@ def _arrays(x: Tensor, scale: Tensor, shift: Tensor | None, mask: Tensor | bool)
 def _alongside(values: Tensor, x: Tensor) -> np.ndarray:
     """The rows that belong to those of `x`, or the one that belongs to all of them."""
     if values.shape == x.shape:
-        return _rows(values)
+        return _rows(values.contiguous() if values.dim() == 1 else values)
     if x.dim() == 4 and not _channels_last(x):
         values = values.expand(x.shape[1:])
     return values.reshape(1, -1).contiguous().numpy()

@@ -39,7 +39,7 @@ def backend(device: torch.device, axis: int, binary_input: bool) -> str:
     keeps it from being computed. Nothing is compiled to find out."""
     try:
         if device.type == "cpu" and kernels.expected() == "cpu":
-            return "cpu" if binary_input or kernels.loaded("vectors").features_of_lookup() else "reference"
+            return "cpu" if binary_input or kernels.loaded("processor").features_of_lookup() else "reference"
         on_gpu = device.type == "cuda" and axis == -1 and binary_input and _available_on_gpu(device.index)
     except ValueError:
         return "none, for HF_STOMPP_KERNELS is wrong"
@@ -55,7 +55,7 @@ def forget(weight: Tensor) -> None:
 
 @torch.compiler.assume_constant_result
 def _available(binary_input: bool) -> bool:
-    return kernels.backend() == "cpu" and (binary_input or kernels.loaded("vectors").features_of_lookup() > 0)
+    return kernels.backend() == "cpu" and (binary_input or kernels.loaded("processor").features_of_lookup() > 0)
 
 
 @torch.compiler.assume_constant_result

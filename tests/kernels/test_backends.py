@@ -12,6 +12,7 @@ import pytest
 from torch import nn
 
 from hf_stompp import kernels
+from hf_stompp.kernels import compiling
 from hf_stompp.layers import PackedConv2d, PackedLinear
 
 pytest.importorskip("numba", reason="the extra `fast` is not installed: there are no kernels to test")
@@ -79,16 +80,16 @@ def test_what_says_what_computes_a_layer_neither_compiles_nor_raises(
 
 def test_a_compilation_that_takes_long_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(kernels.logger, "warning", said.append)
-    monkeypatch.setattr(kernels, "_PATIENCE", 0.01)
-    with kernels._announced():
+    monkeypatch.setattr(compiling.logger, "warning_once", said.append)
+    monkeypatch.setattr(compiling, "_PATIENCE", 0.01)
+    with compiling.announced():
         for _ in range(500):
             if said:
                 break
             time.sleep(0.01)
     assert said == ["Compiling the bit kernels, once for this machine: half a minute."]
-    monkeypatch.setattr(kernels, "_PATIENCE", 60.0)
-    with kernels._announced():
+    monkeypatch.setattr(compiling, "_PATIENCE", 60.0)
+    with compiling.announced():
         pass
     assert len(said) == 1
 

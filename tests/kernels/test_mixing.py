@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from hf_stompp import kernels
 from hf_stompp.functional import mix, weight_scale
+from hf_stompp.kernels import compiling
 
 pytest.importorskip("numba", reason="the extra `fast` is not installed: there are no kernels to test")
-
-from hf_stompp.kernels import mixing  # noqa: E402
+mixing = kernels.loaded("mixing")
 
 SHAPES = {
     "weight": (96, 200),
@@ -292,7 +293,7 @@ def test_many_threads_are_no_more_than_the_processors() -> None:
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no interval timers on this system")
 def test_an_interrupt_waits_for_the_threads() -> None:
     """They would write into memory that is somebody else's by then."""
-    from hf_stompp.kernels.threads import in_threads
+    in_threads = kernels.loaded("threads").in_threads
 
     done: list[int] = []
 
@@ -318,23 +319,67 @@ def test_an_interrupt_waits_for_the_threads() -> None:
 def test_what_is_compiled_of_other_files_is_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "one.py").write_text("1")
     (tmp_path / "two.py").write_text("2")
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "__init__.py"))
     numba = pytest.importorskip("numba")
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    folders = [kernels._folder()]
-    assert tmp_path in folders[0].parents and folders[0] == kernels._folder()
+    folders = [compiling.folder()]
+    assert tmp_path in folders[0].parents and folders[0] == compiling.folder()
     for name in ("one.py", "two.py"):
         (tmp_path / name).write_text(f"changed {name}")
-        folders.append(kernels._folder())
+        folders.append(compiling.folder())
     with monkeypatch.context() as other:
         other.setattr(numba.config, "CPU_FEATURES", "+avx512f")
-        assert kernels._folder() not in folders
+        assert compiling.folder() not in folders
     assert len(set(folders)) == 3
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "chosen"))
-    assert kernels._folder() == tmp_path / "chosen" / folders[-1].name
-    with kernels._kept_apart():
+    assert compiling.folder() == tmp_path / "chosen" / folders[-1].name
+    with compiling._alone():
         assert numba.config.CACHE_DIR == str(tmp_path / "chosen" / folders[-1].name)
     assert numba.config.CACHE_DIR == str(tmp_path / "chosen")
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below", "a folder for reading"])
+def test_where_nothing_can_be_written_the_next_place_is_taken(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numba = pytest.importorskip("numba")
+    (tmp_path / "a file").touch()
+    (tmp_path / "a folder for reading").mkdir()
+    access = os.access  # of the superuser, who may write anywhere, in a container
+    monkeypatch.setattr(os, "access", lambda path, mode: "reading" not in str(path) and access(path, mode))
+    monkeypatch.setattr(compiling, "__file__", str(tmp_path / "a folder for reading" / "compiling.py"))
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / place))
+    monkeypatch.setattr("numba.misc.appdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "of user"))
+    assert compiling.folder().parent == tmp_path / "of user"
+
+
+def test_a_process_that_is_stopped_while_it_compiles_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numba = pytest.importorskip("numba")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiling, "_LONGEST", 0.2)
+    lock = compiling.folder() / ".lock"
+    with compiling._alone(), pytest.raises(Timeout):
+        FileLock(lock, timeout=0.1).acquire()
+    with FileLock(lock), compiling._alone():
+        pass  # after waiting
+
+
+@pytest.mark.parametrize("shape", [(20_000,), (40, 500)])
+def test_operands_that_are_views_and_masks_that_are_not_of_bools(shape: tuple[int, ...], reference: Any) -> None:
+    x, shift = torch.randn(shape), torch.randn(2 * shape[-1])[::2]
+    masks = torch.rand(2 * shape[-1])[::2] < 0.5, torch.tensor(True).expand(shape[-1:])
+    arguments = [(mask, {"shift": shift}) for mask in masks]
+    scale = torch.tensor([0.7]).expand(shape[0], 1) if len(shape) == 2 else torch.tensor(0.7)
+    arguments += [(masks[0], {})]
+    found = [mix(x, scale, mask, clip=1.5, **more) for mask, more in arguments]
+    assert not mixing.fits_with(x, scale, None, torch.ones(shape[-1:], dtype=torch.uint8))
+    reference()
+    assert all(
+        torch.equal(one, mix(x, scale, mask, clip=1.5, **more))
+        for one, (mask, more) in zip(found, arguments, strict=True)
+    )
 
 
 # --- the shift, and scales -----------------------------------------------------------------------------------------
