@@ -4,6 +4,8 @@ Importing the package registers its quantizer, after which `from_pretrained` tak
 packed checkpoints.
 """
 
+from transformers.utils import is_peft_available
+
 from hf_stompp.calibration import calibrate
 from hf_stompp.callback import StomppCallback
 from hf_stompp.config import BinarizationConfig
@@ -15,6 +17,10 @@ from hf_stompp.resuming import last_checkpoint
 from hf_stompp.verification import Verification, verify
 
 register()
+if is_peft_available():
+    from hf_stompp import peft
+
+    peft.register()
 
 __all__ = [
     "BinarizationConfig",

@@ -1,0 +1,163 @@
+"""Adapters of PEFT on 1-bit models: what PEFT has to be told of them.
+
+Nothing is called for that. With this package imported, `get_peft_model`, `PeftModel.from_pretrained` and
+`AutoModel….from_pretrained(adapter)` take latent, packed and dequantized models. What cannot be right is refused: a
+weight of one bit has no room for a sum, and no initialisation can be made of a float weight that is not there.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.tuners.lora import Conv2d
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
+
+from hf_stompp.layers import (
+    BinaryConv2d,
+    BinaryEmbedding,
+    BinaryInput,
+    BinaryLayer,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLayer,
+)
+
+_LAYERS = (BinaryLayer, PackedLayer, BinaryInput, BinaryEmbedding, PackedEmbedding)
+METHODS = (PeftType.LORA, PeftType.IA3)
+"""Those that need no arithmetic with the weights that they adapt. (Prompts, which adapt none, are not asked for.)"""
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+"""Of LoRA, those that do not look at the weight."""
+OF_WEIGHTS = ("use_dora", "use_qalora", "kasa_config", "target_parameters")
+"""Fields of a `LoraConfig` that ask for arithmetic with it."""
+
+
+def register() -> None:
+    """Tells PEFT of the layers; once is enough."""
+    LoraConfig.__post_init__ = _then(LoraConfig.__post_init__, _know_convolutions)
+    BaseTuner.inject_adapter = _first(BaseTuner.inject_adapter, _check_adapter)
+    BaseTuner._check_merge_allowed = _first(BaseTuner._check_merge_allowed, _check_merge)
+
+
+class LoraConv2d(Conv2d):
+    """LoRA on a 1-bit convolution: PEFT makes the halves of an adapter of the type of the layer that it adapts, which
+    here is to be that of the full-precision one."""
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        self._kernel_dim = 4  # of the weight, not of its bits
+        with _as_float(self):
+            super().update_layer(*args, **kwargs)
+
+
+@contextmanager
+def _as_float(adapted: LoraConv2d) -> Iterator[None]:
+    """Within it, the base layer of an adapter is a full-precision one of the same shape, with nothing in it."""
+    one_bit = adapted.base_layer
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    shape = {name: getattr(one_bit, name) for name in names}
+    shape |= {"bias": one_bit.bias is not None, "device": one_bit.weight.device}
+    adapted.base_layer = nn.utils.skip_init(nn.Conv2d, **shape)
+    try:
+        yield
+    finally:
+        adapted.base_layer = one_bit
+
+
+def _know_convolutions(config: LoraConfig) -> None:
+    config._register_custom_module(dict.fromkeys((BinaryConv2d, PackedConv2d), LoraConv2d))
+
+
+def _check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """Refuses what needs the float weight of a layer that has none.
+
+    Raises:
+        ValueError: The adapter's config asks for it.
+    """
+    config = tuner.peft_config[adapter_name]
+    targets = [name for name, layer in one_bit_layers(model).items() if _targets(tuner, config, name)]
+    if not targets:
+        return
+    where = f"{len(targets)} layers with 1-bit weights, {targets[0]!r} and so on"
+    if config.peft_type not in METHODS:
+        raise ValueError(
+            f"{config.peft_type.value} computes with the weights that it adapts, those of {where}. Allowed for them: "
+            f"{', '.join(METHODS)}, and prompts and prefixes, which adapt no layer; or choose other `target_modules`."
+        )
+    if config.peft_type != PeftType.LORA:
+        return
+    for name in OF_WEIGHTS:
+        if getattr(config, name, None):
+            raise ValueError(
+                f"LoraConfig.{name} is {getattr(config, name)!r}, which computes with the weights that are adapted, "
+                f"those of {where}. Leave it out, or choose other `target_modules`."
+            )
+    if config.init_lora_weights not in INITIALISATIONS:
+        raise ValueError(
+            f"LoraConfig.init_lora_weights is {config.init_lora_weights!r}, which is made of the weights that are "
+            f"adapted, those of {where}. Allowed for them: {', '.join(map(repr, INITIALISATIONS))}."
+        )
+
+
+def one_bit_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → latent, packed or dequantized layer, also those that have adapters already."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, _LAYERS) and not name.endswith(".base_layer"):
+            found[name] = layer
+    return found
+
+
+def _targets(tuner: BaseTuner, config: PeftConfig, name: str) -> bool:
+    """Whether an adapter is for the layer of that name; where PEFT is still to find out which, yes."""
+    target = getattr(config, "target_modules", None)
+    if target is None or target == "all-linear":
+        return True
+    return bool(tuner._check_target_module_exists(config, name))
+
+
+def _check_merge(tuner: BaseTuner) -> None:
+    """Refuses to add what an adapter has learned to a weight of one bit.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for name, layer in one_bit_layers(tuner.model).items():
+        if not isinstance(tuner.model.get_submodule(name), BaseTunerLayer):
+            continue
+        scale_or_threshold = (
+            getattr(layer, one, None) is not None for one in ("activation_scale", "activation_threshold")
+        )
+        instead = (
+            "and it reads inputs of which the layer sees one bit, so that no one layer computes both"
+            if any(scale_or_threshold)
+            else "but `pack(model).dequantize()` has float weights: load the adapter on that, and merge it there"
+        )
+        raise ValueError(
+            f"merge: the adapter of {name!r} has no room in a 1-bit weight, {instead}. Base and adapter run side by "
+            "side as they are."
+        )
+
+
+def _first(method: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    """The method, after a check with the same arguments."""
+
+    @functools.wraps(method)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return checked
+
+
+def _then(method: Callable[..., Any], do: Callable[..., None]) -> Callable[..., Any]:
+    """The method, and something else afterwards."""
+
+    @functools.wraps(method)
+    def more(self: Any) -> None:
+        method(self)
+        do(self)
+
+    return more
