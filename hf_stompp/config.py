@@ -209,12 +209,13 @@ class BinarizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
-        """The settings of a thing that users do, as the recipes for it have them.
+        """The settings for a thing that users do.
 
         Args:
             name (`str`): `bert-w1a1`: 1-bit weights and activations of a BERT, GELU replaced by ReLU; `resnet-w1a1`:
                 those of a ResNet; `weights-only`: 1-bit weights under full-precision activations; `ste-baseline`:
-                everything binary from the first step, with the straight-through estimator.
+                everything binary from the first step, with the straight-through estimator. The last two leave the GELU
+                of a BERT: to compare like with like, give them `replace_gelu=True` as `bert-w1a1` has.
             changes: Fields that are otherwise, as `exclude=["*.query"]`.
 
         Raises:

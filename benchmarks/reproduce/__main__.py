@@ -24,6 +24,8 @@ def main() -> None:
         _main()
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on with what is missing")
 
 
 def _main() -> None:

@@ -229,8 +229,11 @@ def _panels(study: Study, chosen: Mapping[str, str], places: Sequence[Place]) ->
 
 
 def _save(figure: Any, path: Path) -> None:
+    from matplotlib import rc_context
+
     drawn = dict(zip(*reversed(figure.axes[0].get_legend_handles_labels()), strict=True))
     for axes in figure.axes[1:]:
         drawn |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.hashsalt": path.name}):  # the same file of the same results
+        figure.savefig(path, metadata={"Date": None})

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
@@ -66,7 +67,11 @@ def run_study(study: Study, results: Path, work_dir: Path, jobs: int, flags: dic
                 bar.update()
                 score = line["error"] or f"{line['score']:.3f}"
                 bar.write(f"{line['study']} {line['labels']} seed {line['seed']}: {score}, {line['seconds']:.0f} s")
-    finally:  # after an interrupt, without those that have not begun
+    except BaseException:  # an interrupt, mostly: those that have begun are begun again when the study is
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+    finally:
         pool.shutdown(cancel_futures=True)
 
 
@@ -125,6 +130,7 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 
 def _start(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import signal
 import statistics
 import subprocess
@@ -240,6 +241,20 @@ def test_runs_are_made_once_and_survive_a_kill(tmp_path: Path) -> None:
         assert line["curve"][-1].keys() >= {"step"} and any("frozen_fraction" in entry for entry in line["curve"])
     again = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert "of which 0 are to be made" in again.stdout and runner.read(path) == lines
+
+
+def test_an_interrupt_ends_the_runs_too(tmp_path: Path) -> None:
+    """Ctrl-C, which goes to the workers as well."""
+    started = subprocess.Popen(
+        command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "work").glob("*/log")) and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGINT)
+    _, errors = started.communicate(timeout=60)  # ends when the workers, which have its pipes, have ended too
+    assert started.returncode == 1 and "the same command goes on" in errors and "Traceback" not in errors
+    assert len(list((tmp_path / "work").glob("*/log"))) == 1
 
 
 def test_a_run_that_fails_has_a_line_and_the_others_go_on(tmp_path: Path) -> None:
