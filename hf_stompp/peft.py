@@ -15,6 +15,7 @@ from peft.tuners.lora import Conv2d
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from hf_stompp.fusion import unfuse
 from hf_stompp.layers import (
     BinaryConv2d,
     BinaryEmbedding,
@@ -37,7 +38,7 @@ OF_WEIGHTS = ("use_dora", "use_qalora", "kasa_config", "target_parameters")
 def register() -> None:
     """Tells PEFT of the layers; once is enough."""
     LoraConfig.__post_init__ = _then(LoraConfig.__post_init__, _know_convolutions)
-    BaseTuner.inject_adapter = _first(BaseTuner.inject_adapter, _check_adapter)
+    BaseTuner.inject_adapter = _first(_first(BaseTuner.inject_adapter, _unfuse), _check_adapter)
     BaseTuner._check_merge_allowed = _first(BaseTuner._check_merge_allowed, _check_merge)
 
 
@@ -98,6 +99,11 @@ def _check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args:
             f"LoraConfig.init_lora_weights is {config.init_lora_weights!r}, which is made of the weights that are "
             f"adapted, those of {where}. Allowed for them: {', '.join(map(repr, INITIALISATIONS))}."
         )
+
+
+def _unfuse(tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """What one layer hands to another in bits leaves out what an adapter adds to it."""
+    unfuse(model)
 
 
 def one_bit_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback
 
 from hf_stompp import BinarizationConfig, binarize, kernels, pack
+from hf_stompp.fusion import fuse
 from hf_stompp.layers import PackedConv2d, PackedLinear
 from hf_stompp.patching import binary_layers
 
@@ -171,6 +172,21 @@ def test_latent_layers_take_adapters(
     assert torch.allclose(logits(adapted, batch), logits(with_adapter(packed), batch), atol=1e-5)
     trainable = {name for name, values in adapted.named_parameters() if values.requires_grad}
     assert trainable and all("lora_" in name or "classifier" in name for name in trainable)
+
+
+def test_a_fused_model_that_gets_an_adapter_is_taken_apart(
+    tiny_model: Callable[..., PreTrainedModel], tiny_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    pytest.importorskip("numba")
+    model = tiny_model("bert", hidden_act="relu")
+    model = binarize(model, BinarizationConfig(learn_activation_shift=False))
+    for each in binary_layers(model).values():
+        each.set_frozen(1.0, step=1)
+    fused, plain = pack(model), pack(model)
+    with kernels.use("cpu"):
+        assert any(fuse(fused))
+        found = logits(with_adapter(fused), tiny_batch())
+        assert torch.allclose(found, logits(with_adapter(plain), tiny_batch()), atol=1e-5)
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
