@@ -1,6 +1,7 @@
 """The studies of benchmarks/reproduce: what their files say, that each run is made once, and what is said of it."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -245,9 +246,9 @@ def test_runs_are_made_once_and_survive_a_kill(tmp_path: Path) -> None:
 
 def test_an_interrupt_ends_the_runs_too(tmp_path: Path) -> None:
     """Ctrl-C, which goes to the workers as well."""
-    started = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background ignores it
+    started = subprocess.Popen(command(tmp_path), cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "work").glob("*/log")) and started.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
