@@ -56,9 +56,9 @@ class BinarizationConfig(QuantizationConfigMixin):
         >>> weights_only = BinarizationConfig(activations=False)
         >>> clipped_network = BinarizationConfig(progression="none", progression_start=1.0)
 
-    Defaults, by the studies of docs/reproduction.md (chains of 4 to 32 layers, ResNets of 4 to 16, three seeds, the same
-    steps for all): with STE on frozen entries above without, at each depth; a scale for each output, without which StoMPP
-    does not learn; a clip at 2, within 3 points of the best for all methods; whole masks drawn anew, which hardly matters.
+    Defaults, by the studies of docs/reproduction.md (chains of 4 to 32 layers, ResNets of 4 to 16, three seeds, equal
+    steps): STE on frozen entries is above none at each depth; without a weight scale StoMPP does not learn; a clip at
+    2 is within 4 points of the best for all methods; how much of a mask is drawn anew hardly matters layer by layer.
     Windows of one unit are as good as wide ones in ResNets. In deep networks without shortcuts wide ones are better:
     `overlap` of half the number of units, and `progression_end=0.75`, or 0.9 with `surrogate="none"`.
 
