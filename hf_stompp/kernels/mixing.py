@@ -121,7 +121,7 @@ def _arrays(x: Tensor, scale: Tensor, shift: Tensor | None, mask: Tensor | bool)
 def _alongside(values: Tensor, x: Tensor) -> np.ndarray:
     """The rows that belong to those of `x`, or the one that belongs to all of them."""
     if values.shape == x.shape:
-        return _rows(values.contiguous() if values.dim() == 1 else values)
+        return _rows(values.contiguous())
     if x.dim() == 4 and not _channels_last(x):
         values = values.expand(x.shape[1:])
     return values.reshape(1, -1).contiguous().numpy()
