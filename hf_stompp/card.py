@@ -135,7 +135,7 @@ def render(
             pipeline_tag=task,
             tags=["1-bit", "binarization", "hf_stompp", *(f"arxiv:{paper}" for paper in _PAPERS)],
         ),
-        template_path=str(_template()),
+        template_path=str(template("template.md")),
         repo_id=repo_id,
         packed=packed,
         model_class=type(model).__name__,
@@ -162,11 +162,11 @@ def render(
     )
 
 
-def _template() -> Path:
-    """In a wheel the template lies beside this file; in the repository it has one place, `model_cards/`."""
+def template(name: str) -> Path:
+    """A template of cards: in a wheel it lies beside this file, in the repository in `model_cards/`."""
     here = Path(__file__)
-    packaged = here.with_name("model_card_template.md")
-    return packaged if packaged.is_file() else here.parents[1] / "model_cards" / "template.md"
+    packaged = here.with_name("model_cards") / name
+    return packaged if packaged.is_file() else here.parents[1] / "model_cards" / name
 
 
 def _parts(table: Summary) -> str:

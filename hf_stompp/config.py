@@ -254,6 +254,12 @@ class BinarizationConfig(QuantizationConfigMixin):
         )
 
     @property
+    def straight_through(self) -> float:
+        """κ of the straight-through gradient of binary entries; 0 without one."""
+        clip = math.inf if self.clip is None else self.clip
+        return clip if self.surrogate == "ste" else 0.0
+
+    @property
     def never_freezes(self) -> bool:
         """Whether this is the clipped network: `progression="none"` with a start that no step reaches."""
         return self.progression == "none" and self.progression_start == 1.0

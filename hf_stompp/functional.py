@@ -43,6 +43,22 @@ def activation_threshold(scale: Tensor, shift: Tensor | None, unsigned: bool) ->
     return torch.zeros_like(scale) if shift is None else shift
 
 
+def pass_straight(grad: Tensor, x: Tensor, threshold: Tensor, levels: Tensor, clip: float) -> Tensor:
+    r"""The straight-through gradient of a binary input: `grad` where \(|x - β| \le κγ\), or, of unsigned levels, where
+    \(0 \le x \le κγ\); 0 elsewhere. As [`mix`] passes it with `ste`, of what a packed layer has.
+
+    Args:
+        grad, x (`Tensor`): Gradient of the binary input, and the input.
+        threshold (`Tensor`): From where on an input is the upper level, broadcastable against `x`.
+        levels (`Tensor`): `[2]`, the lower and the upper level.
+        clip (`float`): κ.
+    """
+    low, high = levels.unbind()
+    unsigned, reach = low == 0, clip * high  # no branch on it: graphs are made of this
+    centre, reach = torch.where(unsigned, reach / 2, threshold), torch.where(unsigned, reach / 2, reach)
+    return torch.where((x.float() - centre).abs() <= reach, grad, 0.0)
+
+
 _BLOCK = 1 << 16
 """Entries worked on at a time on a CPU, if the first axis can be cut so: a few such float32 tensors fit the
 second-level cache of one core."""

@@ -57,14 +57,16 @@ def fuse(model: PreTrainedModel) -> Fused:
 
     Raises:
         TypeError: It is no model of transformers; of a pipeline, fuse its `.model`.
-        ValueError: The model is latent, or in training mode.
+        ValueError: The model is latent, or in training mode, or has adapters.
 
     Example:
 
         >>> fuse(AutoModelForSequenceClassification.from_pretrained("bert-sst2-1bit"))  # doctest: +SKIP
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) and not hasattr(model, "peft_config"):
         raise TypeError(f"fuse takes a transformers.PreTrainedModel, not a {type(model).__name__}.")
+    if hasattr(model, "peft_config"):
+        raise ValueError("This model has adapters, which read what fuse would leave out: serve it as it is.")
     if binary_layers(model):
         raise ValueError("fuse is for packed models, and this one is latent: fuse what pack(model) gives.")
     if model.training:

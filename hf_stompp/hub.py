@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # HTTPError: of the HTTP library it uses
 from transformers import PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import is_peft_available, logging
 
 from hf_stompp.card import UNNAMED, model_card, render
 from hf_stompp.checkpoint import check_kind, checksums, load_complete, wrong_file
@@ -44,10 +44,11 @@ _Answer = TypeVar("_Answer")
 
 
 def push(
-    model_or_folder: PreTrainedModel | str | os.PathLike[str],
+    model_or_folder: Any,
     repo_id: str,
     *,
     tokenizer: Any = None,
+    base_model: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
@@ -56,17 +57,21 @@ def push(
     card: ModelCard | str | None = None,
     latent: bool = False,
 ) -> CommitInfo:
-    """Publishes a packed model on the Hub with its model card, in one commit: the repository is never half published.
+    """Publishes a packed model, or an adapter on one, on the Hub with its model card, in one commit: the repository is
+    never half published.
 
     Before anything is sent, the model is loaded from the very files. What failed for the moment is tried again; a
     commit whose answer was lost is recognised by its content and not made twice. It also deletes replaced weights.
 
     Args:
-        model_or_folder (`PreTrainedModel`, `str` or `Path`): A packed model, or the folder it was saved in, which is
-            pushed as it is, without hidden files and `checkpoint-*`.
+        model_or_folder (`PreTrainedModel`, `PeftModel`, `str` or `Path`): A packed model, or a model with an adapter,
+            of which the adapter is pushed; or the folder of either, which is pushed as it is, without hidden files and
+            `checkpoint-*`.
         repo_id (`str`): `user/name`, created if it does not exist.
         tokenizer (*optional*): Of a model, or its image processor: anything with `save_pretrained`. A folder holds its
             own.
+        base_model (`str`, *optional*): Of an adapter, the Hub id of the model it was trained on; without it, the name
+            that this was loaded by.
         private (`bool`, *optional*): Visibility of the repository; an existing one must have it already.
         revision (`str`, *optional*, defaults to `"main"`): The branch, created from `main` if it does not exist.
         commit_message (`str`, *optional*): The title of the commit.
@@ -81,10 +86,10 @@ def push(
         `huggingface_hub.CommitInfo`: The commit; the last one there was if nothing has changed.
 
     Raises:
-        TypeError: A tokenizer beside a folder.
+        TypeError: A tokenizer beside a folder, a `base_model` of what is no adapter; or neither a model nor a folder.
         FileNotFoundError: The folder is incomplete; or the Hub knows no such user or branch (404).
-        ValueError: A full-precision or latent model, a corrupted file; a card in the folder that is of other files; a
-            repository of another visibility.
+        ValueError: A full-precision or latent model, a corrupted file; an adapter whose base has no Hub id; a card in
+            the folder that is of other files; a repository of another visibility.
         PermissionError: No token, a wrong one, or one that may not write there (401, 403).
         OSError: The repository changed meanwhile (409, 412), or a file is too large (413).
         ConnectionError: The Hub could not be reached, or failed several times.
@@ -94,8 +99,15 @@ def push(
         >>> push(pack(model), "user/bert-sst2-1bit", tokenizer=tokenizer)  # doctest: +SKIP
     """
     with tempfile.TemporaryDirectory() as temporary:
-        folder, model = _saved(model_or_folder, tokenizer, Path(temporary), latent)
-        files, text = _files(folder), _card_text(card, model, folder)
+        if _is_adapter(model_or_folder):
+            folder, text = _saved_adapter(model_or_folder, tokenizer, base_model, Path(temporary))
+            text = text if card is None else str(card)
+        elif base_model is not None:
+            raise TypeError(f"base_model: received {base_model!r}, but what is pushed is no adapter. Drop it.")
+        else:
+            folder, model = _saved(model_or_folder, tokenizer, Path(temporary), latent)
+            text = _card_text(card, model, folder)
+        files = _files(folder)
         message = commit_message or "Upload a 1-bit model with hf_stompp"
         publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
         try:
@@ -120,6 +132,24 @@ def _saved(model_or_folder: Any, tokenizer: Any, temporary: Path, latent: bool) 
     model = load_complete(folder, latent=latent)
     _warn_of_missing_processor(model, folder)
     return folder, model
+
+
+def _is_adapter(model_or_folder: Any) -> bool:
+    if isinstance(model_or_folder, (str, os.PathLike)):
+        return (Path(model_or_folder) / "adapter_config.json").is_file()
+    return hasattr(model_or_folder, "peft_config")
+
+
+def _saved_adapter(model_or_folder: Any, tokenizer: Any, base_model: str | None, temporary: Path) -> tuple[Path, str]:
+    if not is_peft_available():
+        raise ImportError(f"{model_or_folder} is an adapter of PEFT; pip install peft, or hf_stompp[peft].")
+    from hf_stompp.peft.publishing import saved_adapter
+
+    if tokenizer is not None:
+        raise TypeError("tokenizer: an adapter has that of its base, which is pushed with it. Drop it.")
+    if isinstance(model_or_folder, (str, os.PathLike)):
+        return saved_adapter(None, _files(Path(model_or_folder)), base_model, temporary)
+    return saved_adapter(model_or_folder, {}, base_model, temporary)
 
 
 def _warn_of_missing_processor(model: PreTrainedModel, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The verbs on models: `binarize`, `pack` and `unpack`."""
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,20 @@ def name_in_base(model: PreTrainedModel, name: str) -> str:
 def is_packed(model: nn.Module) -> bool:
     """Whether anything in a model is packed."""
     return bool(packed_layers(model) or packed_tables(model))
+
+
+def bits_of(model: nn.Module) -> str | None:
+    """The SHA-256 of all that is packed in the layers of a model, or was before `dequantize()`: the same with and
+    without a head, adapters, kernels and rounded norms. None of a model that is not packed."""
+    layers = packed_layers(model).values()
+    if not layers:
+        return getattr(model, "dequantized_bits", None)
+    digest = hashlib.sha256()
+    for layer in layers:
+        for tensor in (layer.weight, layer.weight_scale, layer.activation_threshold, layer.activation_levels):
+            if tensor is not None:
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def frozen_fraction(model: nn.Module) -> float:
@@ -167,7 +182,8 @@ def pack(
 
     Args:
         model (`PreTrainedModel`): A binarized model whose every entry is frozen, as after a finished training run. A
-            wrapper of DDP, mixed precision or `torch.compile` around it is taken off.
+            wrapper of DDP, mixed precision or `torch.compile` around it is taken off. Of a `PeftModel` the base is
+            packed, and its adapters are copied onto it.
         embedding_bits (`int`, *optional*): 32, 16, 8, 4 or 1 bits an entry of the embedding tables, with a scale for
             each row (see [`~packing.quantize_rows`]); by default what the model's config says. A table that was
             binarized in training has 1 bit in any case, one that is tied to the output layer stays as it is.
@@ -190,6 +206,8 @@ def pack(
         >>> packed.save_pretrained("bert-1bit")  # doctest: +SKIP
     """
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
+    if hasattr(model, "peft_config"):
+        return _pack_under_adapters(model, embedding_bits, dtype, fold_batch_norm)
     layers = binary_layers(model)
     config = _check_packable(model)
     if embedding_bits is not None:
@@ -211,6 +229,19 @@ def pack(
         packed.config.dtype = dtype
     _mark_packed(packed, config)
     return packed
+
+
+def _pack_under_adapters(model: Any, *options: Any) -> Any:
+    from hf_stompp.peft.base import PeftModel, on_other_base, without_adapters  # who has adapters has PEFT
+
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"This {type(model).__name__} has adapters in it. pack takes the PeftModel around it, and packs the base; "
+            "hf_stompp.peft.without_adapters(model) is the base alone."
+        )
+    base = pack(without_adapters(model), *options)
+    base.name_or_path = ""  # it is not the model that the latent one was loaded from
+    return on_other_base(model, base)
 
 
 def pack_modules(

@@ -25,6 +25,7 @@ from hf_stompp.layers import BINARY_INPUT, PACKED, PackedEmbedding, PackedLayer
 from hf_stompp.patching import (
     binarize,
     binary_layers,
+    bits_of,
     pack_modules,
     packed_layers,
     packed_tables,
@@ -89,7 +90,7 @@ class StomppHfQuantizer(HfQuantizer):
         rewire(model, set(layers), config)
         for name, binary_input in layers.items():
             layer = model.get_submodule(name)
-            model.set_submodule(name, PACKED[type(layer)].empty(layer, binary_input))
+            model.set_submodule(name, PACKED[type(layer)].empty(layer, binary_input, config.straight_through))
         for name, bits in tables.items():
             model.set_submodule(name, PackedEmbedding.empty(model.get_submodule(name), bits))
 
@@ -125,6 +126,7 @@ class StomppHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string once it has been saved
         unfuse(model)
+        model.dequantized_bits = bits_of(model)  # to which adapters belong
         layers = packed_layers(model)
         for name, layer in layers.items():
             binary_input = layer.activation_threshold is not None

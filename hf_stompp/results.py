@@ -221,8 +221,8 @@ def training_sentence(run: Mapping[str, Any] | None) -> str:
     examples = f"{run['batch_size']} examples" + (f" of the first {limit:,}" if limit else "")
     return (
         f"{run['steps']:,} steps of {examples}; learning rate {run['learning_rate']:g} ({run['lr_scheduler']}, "
-        f"{run['warmup_steps']:g} warmup steps); weight decay {run['weight_decay']:g}; seed {run['seed']}; mask seed "
-        f"{run['mask_seed']}."
+        f"{run['warmup_steps']:g} warmup steps); weight decay {run['weight_decay']:g}; seed {run['seed']}"
+        + ("." if run["mask_seed"] is None else f"; mask seed {run['mask_seed']}.")
     )
 
 

@@ -59,6 +59,10 @@ class TrainerCard:
 
     def _card(self) -> ModelCard:
         trainer, model = self._trainer, self._trainer.model
+        if hasattr(model, "peft_config"):
+            from hf_stompp.peft.card import adapter_card  # who has adapters has PEFT
+
+            return adapter_card(model, model.active_adapters[0], repo_id=trainer.hub_model_id or UNNAMED)
         config: Any = getattr(model.config, "quantization_config", None)
         check_kind(config, f"The Trainer's {type(model).__name__}", latent=True)
         stock: Any = ModelCard.load(self._path).data

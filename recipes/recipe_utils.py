@@ -190,7 +190,11 @@ def is_finished(checkpoint: str, steps: int) -> bool:
 def take_up(trainer: Trainer, checkpoint: str) -> None:
     """Put the last checkpoint of a run, that was killed before its results were written, in the place of training:
     the Trainer would make one more step."""
-    trainer.model = trainer.model_wrapped = type(trainer.model).from_pretrained(checkpoint).to(trainer.args.device)
+    model: Any = trainer.model
+    if hasattr(model, "peft_config"):
+        model.load_adapter(checkpoint, model.active_adapter, is_trainable=True)
+    else:
+        trainer.model = trainer.model_wrapped = type(model).from_pretrained(checkpoint).to(trainer.args.device)
     trainer.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 

@@ -8,6 +8,10 @@ SST-2 from the Hub, W1A1 by StoMPP; every YAML key is a flag, and a flag overrid
 
     python recipes/run_glue.py recipes/configs/sst2_minilm_stompp.yaml \
         --model_name_or_path sentence-transformers/all-MiniLM-L6-v2
+
+An adapter on the packed model that this leaves:
+
+    python recipes/run_glue.py recipes/configs/sst2_minilm_lora.yaml --model_name_or_path out/sst2/packed
 """
 
 import sys
@@ -30,6 +34,7 @@ from transformers import (
 )
 
 import synthetic
+from adapters import AdapterArguments, add_adapter, score_adapter, write_card
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
 from hf_stompp.scoring import decide
@@ -39,6 +44,7 @@ from recipe_utils import (
     bucket_by_length,
     describe,
     metrics_of,
+    publishable,
     refuse_best_checkpoint,
     report,
     score,
@@ -47,7 +53,7 @@ from recipe_utils import (
 
 
 @dataclass
-class RecipeArguments(CommonArguments):
+class RecipeArguments(AdapterArguments, CommonArguments):
     task_name: str | None = field(default=None, metadata={"help": "A GLUE task, as sst2, or synthetic, the demo."})
     dataset_dir: str | None = field(
         default=None, metadata={"help": "Folder of parquet files; without it nyu-mll/glue from the Hub."}
@@ -76,25 +82,33 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     set_seed(args.seed)
     prepared = prepare(recipe, args)
     task, data, max_length = prepared.task, prepared.data, prepared.max_length
-    trainer = make_trainer(recipe, args, prepared, load_model(prepared.source, task, recipe, config))
-    if recipe.binarize and trainer.is_world_process_zero():
+    trainer = make_trainer(recipe, args, prepared, make_model(prepared, recipe, config))
+    if (recipe.binarize or recipe.adapter) and trainer.is_world_process_zero():
         print(summary(trainer.model))
     training = train(trainer, recipe.matmul_precision)
     # Grouping by length also reorders what is evaluated: from here on rows keep the order of the data set.
     args.train_sampling_strategy = "sequential"
     binarization = config if recipe.binarize else None
-    rows, folder = score(trainer, binarization, AutoModelForSequenceClassification)
+    folder = Path(args.output_dir)
+    if recipe.adapter:
+        scores = score_adapter(trainer, lambda base: load_model(base, task, recipe), prepared.source)
+    else:
+        rows, folder = score(trainer, binarization, AutoModelForSequenceClassification)
+        scores = {"rows": rows}
     if args.do_predict:
         for split in task.test:
             write_predictions(trainer, data[split], task, Path(args.output_dir) / f"predictions_{split}.tsv")
     # What `hf_stompp.verify` needs to score the model again.
     scoring = {"columns": list(task.columns), "max_length": max_length, "metric_config": metric_config(recipe)}
     description = describe(recipe, binarization, args)
-    results = {**description, **scoring, **training, "rows": rows}
+    results = {**description, **scoring, **training, **scores}
     if trainer.is_world_process_zero():
         dataset = None if recipe.task_name == "synthetic" else HUB_ID
-        report(results, Path(args.output_dir), dataset, ["recipes/run_glue.py", *argv])
-        if recipe.task_name == "synthetic":
+        command = ["recipes/run_glue.py", *argv]
+        report(results, Path(args.output_dir), dataset, command)
+        if recipe.adapter:
+            write_card(trainer, results, dataset, publishable(command))
+        elif recipe.task_name == "synthetic":
             print(synthetic.EXAMPLE, pipeline("text-classification", model=str(folder))(synthetic.EXAMPLE))
     return results
 
@@ -123,6 +137,12 @@ def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
         data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
         args.train_sampling_strategy = "sequential"
     return Prepared(source, task, data, tokenizer, max_length)
+
+
+def make_model(prepared: Prepared, recipe: RecipeArguments, config: BinarizationConfig) -> Any:
+    """What is trained: the pretrained model, binarized with `--binarize`, with an adapter with `--adapter`."""
+    model = load_model(prepared.source, prepared.task, recipe, config if recipe.binarize else None)
+    return add_adapter(model, recipe, "SEQ_CLS") if recipe.adapter else model
 
 
 def make_trainer(
@@ -175,7 +195,9 @@ def tokenize(data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, 
     return data.map(encode, batched=True, remove_columns=list(task.columns), desc="Tokenizing")
 
 
-def load_model(source: str, task: Task, recipe: RecipeArguments, binarization: BinarizationConfig) -> PreTrainedModel:
+def load_model(
+    source: str, task: Task, recipe: RecipeArguments, binarization: BinarizationConfig | None = None
+) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(source, num_labels=task.num_labels)
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
@@ -187,7 +209,7 @@ def load_model(source: str, task: Task, recipe: RecipeArguments, binarization: B
                     f"dropout: received {recipe.dropout}, but a {config.model_type} has no {name}. Drop --dropout."
                 )
             setattr(config, name, recipe.dropout)
-    options: dict[str, Any] = {"quantization_config": binarization} if recipe.binarize else {}
+    options: dict[str, Any] = {} if binarization is None else {"quantization_config": binarization}
     if recipe.attn_implementation is not None:
         options["attn_implementation"] = recipe.attn_implementation
     return AutoModelForSequenceClassification.from_pretrained(source, config=config, **options)

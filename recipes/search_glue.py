@@ -26,7 +26,7 @@ from hf_stompp import BinarizationConfig
 from hf_stompp.patching import binary_layers
 from recipe_flags import given_flags, parse_recipe
 from recipe_utils import format_table, scale_losses, steps_of, write_json
-from run_glue import RecipeArguments, check, load_model, make_trainer, prepare
+from run_glue import RecipeArguments, check, make_model, make_trainer, prepare
 
 try:
     import optuna
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if trial is not None:
             space(trial)  # the Trainer asks for it later; of a trial, it is the same each time
         changed = {} if trial is None else {k: v for k, v in trial.params.items() if k in SCHEDULE}
-        return load_model(prepared.source, prepared.task, recipe, dataclasses.replace(config, **changed))
+        return make_model(prepared, recipe, dataclasses.replace(config, **changed))
 
     trainer = make_trainer(recipe, args, prepared, model_init=model_init)
     scale_losses(trainer)

@@ -110,6 +110,23 @@ def test_two_processes_train_as_one(config: dict[str, Any], launch: Launch, tmp_
         assert first["find_unused"] is (not checkpointed)
 
 
+@pytest.mark.parametrize("base", ["packed", "latent"])
+def test_two_processes_train_an_adapter_as_one(base: str, launch: Launch, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+
+    def run(processes: int, **arguments: Any) -> list[dict[str, Any]]:
+        folder, config = str(tmp_path / "run"), {"surrogate": "ste", "refresh": 0.3}
+        return launch("train", processes, output_dir=folder, config=config, double=True, adapter_on=base, **arguments)
+
+    (alone,) = run(1, per_device_train_batch_size=GLOBAL_BATCH)
+    trained = [tensor for name, tensor in alone["state"].items() if "lora_B" in name]
+    assert trained and all(tensor.any() for tensor in trained)  # which began as 0
+    for split in ("plain", "activation checkpointing"):
+        first, second = run(2, **SPLITS[split])
+        same(first["state"], second["state"], rtol=0, atol=0)
+        same(alone["state"], first["state"], rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("surrogate", ["ste", "none"])
 def test_shards_of_fsdp_train_as_whole_copies(surrogate: str, launch: Launch) -> None:
     config = {"surrogate": surrogate, "refresh": 0.3, "progression_end": 1.0}
@@ -158,6 +175,22 @@ def test_a_run_that_is_killed_is_resumed_to_the_same_end(launch: Launch, tmp_pat
         same(whole["state"], resumed["state"], rtol=0, atol=0)
         for ours, theirs in zip(reversed(resumed["masks"]), reversed(whole["masks"]), strict=False):
             same(theirs, ours, rtol=0, atol=0)
+        assert resumed["history"] == whole["history"], fault
+
+
+@pytest.mark.parametrize("base", ["packed", "latent"])
+def test_a_run_of_an_adapter_that_is_killed_is_resumed_to_the_same_end(
+    base: str, launch: Launch, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    arguments = SAVING | {"per_device_train_batch_size": GLOBAL_BATCH, "adapter_on": base}
+    (whole,) = launch("train", output_dir=str(tmp_path / "whole"), **arguments)
+    for fault, resumed_from in {"in a step 6": 4, "while the optimizer's state is written 8": 4}.items():
+        folder = tmp_path / fault
+        launch("train", killed=True, output_dir=str(folder), fault=fault, **arguments)
+        (resumed,) = launch("train", output_dir=str(folder), resume=True, **arguments)
+        assert len(resumed["masks"]) == 12 - resumed_from, fault
+        same(whole["state"], resumed["state"], rtol=0, atol=0)
         assert resumed["history"] == whole["history"], fault
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Tr
 
 from hf_stompp import BinarizationConfig, binarize, kernels, pack
 from hf_stompp.fusion import fuse
-from hf_stompp.layers import PackedConv2d, PackedLinear
+from hf_stompp.layers import BinaryConv2d, PackedConv2d, PackedLinear
 from hf_stompp.patching import binary_layers
 
 peft = pytest.importorskip("peft")
@@ -89,6 +89,34 @@ def test_an_adapter_adds_its_product_to_what_a_packed_convolution_gives(
     down = nn.functional.conv2d(x.double(), next(halves), stride=2, padding=layer.base_layer.padding)
     expected = layer.base_layer(x) + 8 / 2 * nn.functional.conv2d(down, next(halves))
     assert torch.allclose(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["latent", "packed"])
+@torch.no_grad()
+def test_an_adapter_of_a_convolution_has_its_dilation_and_groups(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.Conv2d(4, 6, (3, 2), stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=2)
+            latent = BinaryConv2d.from_float(layer, BinarizationConfig(), key="", unit=0, unsigned=False)
+            latent.set_frozen(1.0, step=1)
+            self.layer = latent if kind == "latent" else PackedConv2d.from_binary(latent)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    x = torch.randn(2, 4, 7, 6)
+    base = Model()(x)
+    with pytest.raises(ValueError, match="rank"):
+        get_peft_model(Model(), LoraConfig(r=3, target_modules=["layer"]))
+    model = get_peft_model(Model(), LoraConfig(r=2, lora_alpha=2, target_modules=["layer"]))
+    layer = model.base_model.model.layer
+    nn.init.normal_(layer.lora_B["default"].weight)
+    a, b = (half["default"].weight.double() for half in (layer.lora_A, layer.lora_B))
+    down = nn.functional.conv2d(x.double(), a, stride=(1, 2), padding=(2, 1), dilation=(2, 1), groups=4 // a.shape[1])
+    expected = layer.base_layer(x) + nn.functional.conv2d(down, b, groups=2 // b.shape[1])
+    assert model(x).shape == base.shape
+    assert torch.allclose(model(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_adapters_are_switched_disabled_and_combined(
@@ -236,6 +264,20 @@ def test_what_needs_float_weights_is_refused(packed: PreTrainedModel, field: str
         get_peft_model(packed, LoraConfig(target_modules=targets, **REFUSED[field]))
     assert packed.state_dict().keys() == before.keys()
     get_peft_model(packed, LoraConfig(target_modules=["classifier"], use_dora=True))  # which has float weights
+
+
+def test_copies_of_bits_are_not_trained(packed: PreTrainedModel) -> None:
+    config = LoraConfig(target_modules=["classifier"], modules_to_save=["intermediate"])
+    with pytest.raises(ValueError, match=r"modules_to_save: received 'intermediate'.*intermediate.dense' is packed"):
+        get_peft_model(packed, config)
+    get_peft_model(packed, LoraConfig(target_modules=["classifier"], modules_to_save=["LayerNorm"]))
+
+
+def test_a_model_with_adapters_is_not_fused(packed: PreTrainedModel) -> None:
+    model = with_adapter(packed)
+    for one in (model, model.get_base_model()):
+        with pytest.raises(ValueError, match="has adapters, which read what fuse would leave out"):
+            fuse(one)
 
 
 @pytest.mark.parametrize("method", ["LoHaConfig", "VeraConfig", "OFTConfig"])

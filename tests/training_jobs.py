@@ -26,7 +26,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_stompp import BinarizationConfig, StomppCallback, binarize, last_checkpoint
+from hf_stompp import BinarizationConfig, StomppCallback, binarize, last_checkpoint, pack
 from hf_stompp.patching import binary_layers
 
 STEPS, GLOBAL_BATCH = 12, 8
@@ -42,6 +42,20 @@ def make_model(config: dict[str, Any], dropout: float, dtype: torch.dtype = torc
     # Its loss is the mean of its batch; the Trainer takes it for a share of the mean of all batches of a step.
     model.accepts_loss_kwargs = False
     return binarize(model, BinarizationConfig(**config))
+
+
+def with_adapter(model: Any, base: str) -> Any:
+    """A LoRA on the packed model; or on the latent one, which is trained with it."""
+    from peft import LoraConfig, get_peft_model
+
+    from hf_stompp.peft import train_base
+
+    if base == "packed":
+        for layer in binary_layers(model).values():
+            layer.set_frozen(1.0, step=1)
+        model = pack(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="SEQ_CLS"))
+    return train_base(adapted) if base == "latent" else adapted
 
 
 def make_data() -> list[dict[str, Any]]:
@@ -73,6 +87,7 @@ def train(
     config: dict[str, Any],
     double: bool = False,
     dropout: float = 0.0,
+    adapter_on: str | None = None,
     resume: bool = False,
     fault: str | None = None,
     **arguments: Any,
@@ -84,12 +99,14 @@ def train(
     )  # fmt: skip
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     model, recorder = make_model(config, dropout, torch.float64 if double else torch.float32), Recorder()
+    if adapter_on:
+        model = with_adapter(model, adapter_on)
     trainer = Trainer(
         model,
         TrainingArguments(output_dir, **(defaults | arguments)),
         train_dataset=make_data(),
         eval_dataset=make_data()[:8],
-        callbacks=[StomppCallback(), recorder],
+        callbacks=[recorder] if adapter_on == "packed" else [StomppCallback(), recorder],
         compute_metrics=lambda output: {"sum": float(output.predictions.sum())},
     )
     if fault:

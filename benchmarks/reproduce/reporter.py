@@ -31,6 +31,7 @@ def report(study: Study, results: Path) -> str:
         parts += [differences(study, scores)] if study.baseline else []
         parts += [needed(study, scores)] if study.needed else []
         parts += [dips(study, lines)] if study.dips else []
+        parts += [facts(study, lines, name) for name in study.facts or ()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -129,6 +130,17 @@ def _reached_cell(values: list[float], ends: list[float]) -> str:
     if max(whole) <= ends[0]:
         return f"≤ {ends[0]:g}"
     return f"{statistics.mean(whole):.0f}" + (f" ± {statistics.stdev(whole):.0f}" if len(whole) > 1 else "")
+
+
+def facts(study: Study, lines: Lines, name: str) -> str:
+    """Of each place, the mean of something else than the score; nothing where no line has it."""
+    cells = {}
+    for place, runs in lines.items():
+        values = [line[name] for line in runs.values() if line.get(name) is not None]
+        if values:
+            mean = statistics.mean(values)
+            cells[place] = f"{100 * mean:.1f}" if name.endswith("score") else f"{mean:,.0f}"
+    return f"{name.replace('_', ' ').capitalize()}:\n\n{_grid(study, cells)}"
 
 
 def dips(study: Study, lines: Lines) -> str:

@@ -187,10 +187,21 @@ def _scores(folder: Path) -> dict[str, Any]:
         "score": last[metric],
         "latent_score": results["rows"][0][metric],
         "bytes": last["bytes"],
+        **_of_adapter(results),
         "train_seconds": results["train_seconds"],
         "binarization": results["binarization"],  # with the defaults of that day
         "curve": curve,
     }
+
+
+def _of_adapter(results: dict[str, Any]) -> dict[str, Any]:
+    """What it takes, and what its base scores without it."""
+    if "adapter" not in results:
+        return {}
+    *_, base, last = results["rows"]
+    metric = next(key for key in last if key not in ("model", "bytes", "eval_seconds"))
+    taken = {f"adapter_{key}": results["adapter"][key] for key in ("parameters", "bytes")}
+    return {"base_score": base[metric], **taken}
 
 
 @contextlib.contextmanager

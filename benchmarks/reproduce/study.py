@@ -13,7 +13,7 @@ from recipes.recipe_flags import as_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = Path(__file__).parent / "studies"
-_SHOWN = ("baseline", "plot", "needed", "dips", "curves")
+_SHOWN = ("baseline", "plot", "needed", "dips", "facts", "curves")
 _NEEDED = ("about", "recipe", "axes", "table")
 _KEYS = {*_NEEDED, "config", "flags", "grids", "seeds", *_SHOWN}
 
@@ -81,6 +81,7 @@ class Study:
     baseline: {method: STE}             # optional: a second table, of the differences to it
     plot: {x: depth, lines: method}     # optional: a picture; `panels: AXIS` for one beside the other
     needed: {x: steps, of: 90}          # optional: the x at which that score, in percent, is reached
+    facts: [adapter_bytes]              # optional: a table for each, of what else is in the lines
     dips: eval_accuracy                 # optional: a table of how far that fell, on the way, below what it had been
     curves: {y: loss, lines: method, panels: depth}     # optional: a picture of what was logged on the way
     ```
@@ -89,7 +90,7 @@ class Study:
         name, about (`str`): Of the study.
         runs (`tuple[Run, ...]`): All of them, those of the first seed first.
         axes (`dict[str, list[str]]`): Axis → its places.
-        table, baseline, plot, needed, dips, curves: As in the file.
+        table, baseline, plot, needed, dips, facts, curves: As in the file.
     """
 
     name: str
@@ -101,6 +102,7 @@ class Study:
     plot: dict[str, Any] | None
     needed: dict[str, Any] | None
     dips: str | None
+    facts: list[str] | None
     curves: dict[str, str] | None
 
     @classmethod

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from hf_stompp import kernels
+from hf_stompp.functional import pass_straight
 from hf_stompp.kernels.operands import PANELS, Geometry, Operands, check_shapes
 from hf_stompp.packing import unpack_signs
 
@@ -63,20 +65,20 @@ def _available_on_gpu(index: int) -> bool:
     return kernels.on_gpu(index)
 
 
-def linear(input: Tensor, operands: Operands) -> Tensor:
+def linear(input: Tensor, operands: Operands, clip: float = 0.0) -> Tensor:
     """[`packed_linear`] for inputs that [`cover`] covers; as an operator only where one is needed, for it takes as
     long as a small layer. Under autocast the result has its dtype, as that of `nn.functional.linear`."""
     if as_operator(input, operands):
-        return _cast(packed_linear(input, *operands[:5]))
+        return _cast(packed_linear(input, *operands[:5], clip))
     if input.device.type == "cuda":
         return _cast(kernels.loaded("gpu").linear(input, operands))
     return _cast(_linear(input, _handing_on(operands)))
 
 
-def conv2d(input: Tensor, operands: Operands, geometry: Geometry) -> Tensor:
+def conv2d(input: Tensor, operands: Operands, geometry: Geometry, clip: float = 0.0) -> Tensor:
     """[`packed_conv2d`], as [`linear`] is [`packed_linear`]."""
     if as_operator(input, operands):
-        return _cast(packed_conv2d(input, *operands[:5], *geometry))
+        return _cast(packed_conv2d(input, *operands[:5], *geometry, clip))
     return _cast(kernels.loaded("convolution").conv2d(input, _handing_on(operands), geometry))
 
 
@@ -157,12 +159,15 @@ def packed_linear(
     bias: Tensor | None,
     threshold: Tensor | None,
     levels: Tensor | None,
+    clip: float = 0.0,
 ) -> Tensor:
     r"""\\(y = \hat x \, (s \odot \operatorname{bits}(w))^\top + b\\) by the kernels for a CPU, or for a GPU.
 
     Args:
         input (`Tensor`): float32, bfloat16 or float16 `[…, K]`.
         weight, weight_scale, bias, threshold, levels (`Tensor`): See [`~hf_stompp.kernels.operands.Operands`].
+        clip (`float`): κ of the straight-through gradient of a binary input (see
+            [`~hf_stompp.functional.pass_straight`]); with 0 there is none.
 
     Returns:
         `Tensor`: `[…, N]`, in the dtype of the input.
@@ -176,7 +181,7 @@ def packed_linear(
 
 
 @packed_linear.register_kernel("cuda")
-def _(input, weight, weight_scale, bias, threshold, levels):  # type: ignore[no-untyped-def]
+def _(input, weight, weight_scale, bias, threshold, levels, clip=0.0):  # type: ignore[no-untyped-def]
     operands = Operands(weight, weight_scale, bias, threshold, levels)
     check_shapes(operands, input.shape[-1], input.shape[-1])
     if threshold is None:
@@ -186,25 +191,30 @@ def _(input, weight, weight_scale, bias, threshold, levels):  # type: ignore[no-
 
 
 @packed_linear.register_fake
-def _(input, weight, weight_scale, bias, threshold, levels):  # type: ignore[no-untyped-def]
+def _(input, weight, weight_scale, bias, threshold, levels, clip=0.0):  # type: ignore[no-untyped-def]
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    input, weight, weight_scale, bias, threshold, _ = inputs
-    ctx.features, ctx.binary, ctx.bias_dtype = input.shape[-1], threshold is not None, bias is not None and bias.dtype
-    ctx.save_for_backward(weight, weight_scale)
+    input, weight, weight_scale, bias, threshold, levels, clip, *geometry = inputs
+    ctx.shape, ctx.clip, ctx.bias_dtype = input.shape, clip, bias is not None and bias.dtype
+    passes = ctx.needs_input_grad[0] and (threshold is None or clip > 0)
+    binary = (input, threshold, levels) if passes and threshold is not None else ()
+    ctx.save_for_backward(*((weight, weight_scale, *binary) if passes else ()))
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    """Of a binary input there is none: it is a step."""
+    """Of a binary input without `clip` there is none: it is a step."""
     to_input = to_bias = None
-    if ctx.needs_input_grad[0] and not ctx.binary:
-        weight, scale = ctx.saved_tensors
-        to_input = grad @ dense_rows(weight, scale, ctx.features, grad.dtype)
+    if saved := ctx.saved_tensors:  # once: what is checkpointed is computed again for it
+        weight, scale, *binary = saved
+        to_input = grad @ dense_rows(weight, scale, ctx.shape[-1], grad.dtype)
+        if binary:
+            input, threshold, levels = binary
+            to_input = pass_straight(to_input, input, threshold, levels, ctx.clip)
     if ctx.needs_input_grad[3]:
         to_bias = grad.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype)
-    return to_input, None, None, to_bias, None, None
+    return to_input, None, None, to_bias, None, None, None
 
 
 packed_linear.register_autograd(_backward, setup_context=_save)
@@ -222,6 +232,7 @@ def packed_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    clip: float = 0.0,
 ) -> Tensor:
     r"""\\(y = \hat x * (s \odot \operatorname{bits}(w)) + b\\) by the kernels for a CPU, without groups.
 
@@ -230,6 +241,7 @@ def packed_conv2d(
         weight, weight_scale, bias, threshold, levels (`Tensor`): See [`~hf_stompp.kernels.operands.Operands`]; K =
             kernel height · kernel width · C, in this order, and thresholds `[C]`.
         kernel, stride, padding, dilation (`Sequence[int]`): See [`~hf_stompp.kernels.operands.Geometry`].
+        clip (`float`): As of [`packed_linear`].
 
     Returns:
         `Tensor`: `[B, N, …, …]`, in the dtype of the input, with the channels last in memory.
@@ -244,18 +256,30 @@ def packed_conv2d(
 
 
 @packed_conv2d.register_fake
-def _(input, weight, weight_scale, bias, threshold, levels, *geometry):  # type: ignore
-    size = Geometry(*geometry).output_size(input.shape[2:])
+def _(input, weight, weight_scale, bias, threshold, levels, kernel, stride, padding, dilation, clip=0.0):  # type: ignore
+    size = Geometry(kernel, stride, padding, dilation).output_size(input.shape[2:])
     return input.new_empty((input.shape[0], *size, weight.shape[0])).permute(0, 3, 1, 2)
 
 
-def _save_bias(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.bias_dtype = inputs[3] is not None and inputs[3].dtype
+def _save_conv2d(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *operands, kernel, stride, padding, dilation, clip = inputs
+    _save(ctx, (*operands, clip), output)
+    ctx.geometry = Geometry(kernel, stride, padding, dilation)
 
 
-def _bias_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    to_bias = grad.sum(dim=(0, 2, 3)).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-    return None, None, None, to_bias, *[None] * 6
+def _backward_conv2d(ctx, grad):  # type: ignore[no-untyped-def]
+    to_input = to_bias = None
+    if saved := ctx.saved_tensors:  # once: what is checkpointed is computed again for it
+        weight, scale, *binary = saved
+        kernel, *geometry = ctx.geometry
+        rows = dense_rows(weight, scale, kernel[0] * kernel[1] * ctx.shape[1], grad.dtype)
+        kernels_first = rows.view(-1, *kernel, ctx.shape[1]).permute(0, 3, 1, 2)
+        to_input = conv2d_input(ctx.shape, kernels_first, grad, *geometry)
+        input, threshold, levels = binary
+        to_input = pass_straight(to_input, input, threshold.view(-1, 1, 1), levels, ctx.clip)
+    if ctx.needs_input_grad[3]:
+        to_bias = grad.sum(dim=(0, 2, 3)).to(ctx.bias_dtype)
+    return to_input, None, None, to_bias, *[None] * 7
 
 
-packed_conv2d.register_autograd(_bias_backward, setup_context=_save_bias)
+packed_conv2d.register_autograd(_backward_conv2d, setup_context=_save_conv2d)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from hf_stompp.functional import activation_threshold, weight_scale
+from hf_stompp.functional import activation_threshold, pass_straight, weight_scale
 from hf_stompp.kernels import operators
 from hf_stompp.kernels.operands import Geometry, Operands
 from hf_stompp.layers.binary import (
@@ -56,6 +56,21 @@ class ExactLayer(nn.Module):
         return self
 
 
+class _Levels(torch.autograd.Function):
+    """The levels of binary inputs, with the straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: Tensor, levels: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(x, threshold, levels)
+        ctx.clip = clip
+        return torch.where(x >= threshold, levels[1], levels[0]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, threshold, levels = ctx.saved_tensors
+        return pass_straight(grad, x, threshold, levels, ctx.clip), None, None, None
+
+
 class PackedLayer(ExactLayer):
     r"""A 1-bit layer: what [`PackedLinear`] and [`PackedConv2d`] share.
 
@@ -71,6 +86,8 @@ class PackedLayer(ExactLayer):
         activation_levels (`Tensor`, *optional*): float32 `[2]`, the lower and the upper level: (-γ, γ) or (0, γ).
         next_threshold (`Tensor`, *optional*): float32 `[outputs]`, not saved: the layer may hand on whether its
             outputs are at or above it (see [`~hf_stompp.fusion.fuse`]).
+        straight_through (`float`): κ of the straight-through gradient of binary inputs, which reaches the adapters of
+            layers below: that of the training with `surrogate="ste"`; 0, and no gradient, without.
     """
 
     FULL_PRECISION: ClassVar = ("weight_scale", "activation_threshold", "activation_levels", "next_threshold")
@@ -81,15 +98,17 @@ class PackedLayer(ExactLayer):
     bias: Any
     weight_scale: Tensor
     next_threshold: Tensor | None
+    straight_through: float = 0.0
     takes_bits: bool = False
     """Whether another layer hands bits on to this one (see [`~hf_stompp.fusion.fuse`]); else int32 is refused."""
 
     @classmethod
     @torch.inference_mode(False)  # whose tensors do not tell when they are written to
     @torch.no_grad()
-    def empty(cls, layer: Any, binary_input: bool) -> Self:
+    def empty(cls, layer: Any, binary_input: bool, straight_through: float = 0.0) -> Self:
         """A layer of the shape of `layer`, on its device, whose tensors are still to be filled in."""
         packed = shaped_as(layer, cls, cls.ATTRIBUTES)
+        packed.straight_through = straight_through
         float32: dict[str, Any] = {"dtype": torch.float32, "device": layer.weight.device}  # also if default is another
         outputs, features = packed.outputs, packed.input_features
         shape = outputs, packed_length(packed.row_length)
@@ -107,7 +126,7 @@ class PackedLayer(ExactLayer):
     @torch.no_grad()
     def from_binary(cls, layer: BinaryLayer) -> Self:
         """Packs a latent layer, taking every entry as frozen."""
-        packed = cls.empty(layer, binary_input=layer.activation_scale is not None)
+        packed = cls.empty(layer, layer.activation_scale is not None, layer.config.straight_through)
         if layer.bias is not None:
             packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
         packed.weight.copy_(pack_signs(cls._as_rows(layer.weight)))
@@ -127,6 +146,14 @@ class PackedLayer(ExactLayer):
         layer.register_parameter("weight", nn.Parameter(self.dequantized_weight()))
         layer.register_parameter("bias", self.bias)
         return layer
+
+    def binary_input(self, input: Tensor) -> Tensor:
+        passes = self.straight_through > 0 and torch.is_grad_enabled() and input.requires_grad
+        if not passes or self.activation_threshold is None or self.activation_levels is None:
+            return super().binary_input(input)
+        threshold = self.activation_threshold.view(-1, *(1,) * (-1 - self.FEATURE_AXIS))
+        levels: Tensor = _Levels.apply(input, threshold, self.activation_levels, self.straight_through)
+        return levels
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         operators.forget(self.weight)
@@ -218,7 +245,7 @@ class PackedLinear(PackedLayer, nn.Linear):
             if self.shared is not None and served:  # its tensors stay on the CPU
                 group, place = self.shared
                 return group(input, place)
-            return operators.linear(input, operands)
+            return operators.linear(input, operands, self.straight_through)
         return nn.functional.linear(self.binary_input(input), self.dequantized_weight(input.dtype), self.bias)
 
 
@@ -272,7 +299,7 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         ):
             padding: Any = self.padding  # numbers: see `known_to_kernels`
             geometry = Geometry(self.kernel_size, self.stride, padding, self.dilation)
-            return operators.conv2d(input, self.operands(), geometry)
+            return operators.conv2d(input, self.operands(), geometry, self.straight_through)
         weight = self.dequantized_weight(input.dtype, as_packed=operators.cover_dense(self.weight, input.dtype))
         return self._conv_forward(self.binary_input(input), weight, self.bias)
 

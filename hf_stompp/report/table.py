@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.layers import PACKED, BinaryEmbedding, BinaryLayer, PackedEmbedding, PackedLayer
@@ -17,7 +16,7 @@ from hf_stompp.tracing import LAYERS
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One row of [`Summary`]: a layer, an embedding table, or everything else.
+    """One row of [`Summary`]: a layer, an embedding table, everything else, or an adapter.
 
     Attributes:
         name (`str`): Module name, or `norms and others`.
@@ -115,11 +114,11 @@ def _cells(row: LayerSummary) -> tuple[str, ...]:
     )
 
 
-def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) -> Summary:
-    """Describes every layer of a full-precision, latent or packed model.
+def summary(model: Any, config: BinarizationConfig | None = None) -> Summary:
+    """Describes every layer of a full-precision, latent or packed model, and the adapters on it.
 
     Args:
-        model (`PreTrainedModel`): The model.
+        model (`PreTrainedModel` or `PeftModel`): The model.
         config (`BinarizationConfig`, *optional*): For a full-precision model, the config it would be binarized with;
             a latent or packed model has its own.
 
@@ -127,6 +126,8 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
 
         >>> print(summary(model))  # doctest: +SKIP
     """
+    if hasattr(model, "peft_config"):
+        return _with_adapters(model, config)
     recorded = getattr(model.config, "quantization_config", None)
     config = recorded if isinstance(recorded, BinarizationConfig) else config or BinarizationConfig()
     rows, counted = [], set()
@@ -146,6 +147,20 @@ def summary(model: PreTrainedModel, config: BinarizationConfig | None = None) ->
     rows.append(_rest_row("norms and others", [p for _, p in rest.values()], statistics))
     frozen = 1.0 if is_packed(model) else frozen_fraction(model)
     return Summary(type(model).__name__, tuple(rows), frozen)
+
+
+def _with_adapters(model: Any, config: BinarizationConfig | None) -> Summary:
+    from hf_stompp.peft.base import adapter_weights, without_adapters  # who has adapters has PEFT
+
+    base = summary(without_adapters(model), config)
+    rows = list(base.rows)
+    for name, adapter in model.peft_config.items():
+        weights = adapter_weights(model, name).values()
+        count, size = sum(tensor.numel() for tensor in weights), sum(tensor.nbytes for tensor in weights)
+        bits = 8 * max((tensor.element_size() for tensor in weights), default=4)
+        role = f"adapter ({adapter.peft_type.value})"
+        rows.append(LayerSummary(name, role, None, bits, 32, "", None, count, 4 * count, size, "beside the bits"))
+    return Summary(base.model, tuple(rows), base.frozen_fraction)
 
 
 def _layer_row(plan: LayerPlan, layer: Any, config: BinarizationConfig) -> LayerSummary:

@@ -122,6 +122,78 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
             assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.fixture
+def packed_bert(run: Callable[..., dict[str, Any]], sst2_folder: Path, tmp_path: Path) -> str:
+    """The packed model of a run of the recipe."""
+    run("sst2", sst2_folder, *BINARY, output="base")
+    return str(tmp_path / "base" / "packed")
+
+
+ADAPTERS = ["lora", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning", "norms_and_biases"]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_on_a_packed_model(
+    adapter: str, run: Callable[..., dict[str, Any]], sst2_folder: Path, packed_bert: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    given = {"lora": '{"r": 4}', "ia3": "{}", "norms_and_biases": "{}", "p_tuning": '{"encoder_hidden_size": 8}'}
+    config = given.get(adapter, '{"num_virtual_tokens": 3}')
+    flags = ["--model_name_or_path", packed_bert, "--adapter", adapter, "--adapter_config", config]
+    results = run("sst2", sst2_folder, *flags, "--learning_rate", "0.05")
+    alone, both = results["rows"]
+    assert (alone["model"], both["model"]) == ("base alone, reloaded", "base and adapter, reloaded")
+    base_bytes = (Path(packed_bert) / "model.safetensors").stat().st_size
+    assert (alone["bytes"], both["bytes"]) == (base_bytes, base_bytes + results["adapter"]["bytes"])
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert results["adapter"]["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert not any(tensor.dtype == torch.uint8 for tensor in weights.values())
+    kinds = {name.rpartition(".")[2] for name in weights if "encoder.layer" in name}
+    if adapter == "norms_and_biases":
+        norms_and_biases = [name for name in weights if "LayerNorm" in name or name.endswith("bias")]
+        assert kinds == {"weight", "bias"} and len(norms_and_biases) > 20 and not any("lora_" in n for n in weights)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "| base and adapter, reloaded |" in text and str(tmp_path) not in text and "mask seed" not in text
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_run_of_an_adapter_is_resumed(
+    binary: bool, run: Callable[..., dict[str, Any]], sst2_folder: Path, packed_bert: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    flags = ["--adapter", "lora", "--save_strategy", "steps", "--save_steps", "2", "--learning_rate", "0.05"]
+    flags += BINARY if binary else ["--model_name_or_path", packed_bert]
+    whole = run("sst2", sst2_folder, *flags, output="whole")
+    names = ["adapter_model.safetensors"]
+    if binary:
+        names = ["base/model.safetensors", "packed/model.safetensors", "adapter/adapter_model.safetensors"]
+        latent, _, packed = whole["rows"]
+        assert (latent["model"], latent["accuracy"]) == ("latent fp32, with its adapter", packed["accuracy"])
+        assert whole["adapter"]["base"] == str(tmp_path / "whole" / "packed")
+    for step in (2, 4):
+        last = tmp_path / f"cut{step}" / f"checkpoint-{step}"
+        shutil.copytree(tmp_path / "whole" / last.name, last)
+        resumed = run("sst2", sst2_folder, *flags, output=last.parent.name)
+        assert resumed["resumed_from"] == str(last) and resumed["steps"] == 4
+        for name in names:
+            first, second = load_file(tmp_path / "whole" / name), load_file(last.parent / name)
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_wrong_settings_of_an_adapter_are_named(
+    run: Callable[..., dict[str, Any]], sst2_folder: Path, packed_bert: str
+) -> None:
+    pytest.importorskip("peft")
+    flags = ["--model_name_or_path", packed_bert, "--adapter", "lora", "--adapter_config"]
+    with pytest.raises(ValueError, match="adapter_config: LoraConfig has no field 'rank'; allowed: .*, r,"):
+        run("sst2", sst2_folder, *flags, '{"rank": 4}')
+    with pytest.raises(ValueError, match="adapter_config: received 'r=4'; allowed: a JSON object"):
+        run("sst2", sst2_folder, *flags, "r=4")
+    with pytest.raises(ValueError, match=r"LoraConfig.use_dora is True"):
+        run("sst2", sst2_folder, *flags, '{"use_dora": true}')
+
+
 def test_synthetic_demo_ends_with_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--max_train_samples 32 --max_eval_samples 8".split()
     run_glue.main(["--task_name", "synthetic", *QUICK, *QUIET, *BINARY, *sizes, "--output_dir", str(tmp_path)])

@@ -1,12 +1,6 @@
-"""Adapters of PEFT on 1-bit models: what PEFT has to be told of them.
+"""LoRA on 1-bit layers, and what PEFT can do that is not for them."""
 
-Nothing is called for that. With this package imported, `get_peft_model`, `PeftModel.from_pretrained` and
-`AutoModel….from_pretrained(adapter)` take latent, packed and dequantized models. What cannot be right is refused: a
-weight of one bit has no room for a sum, and no initialisation can be made of a float weight that is not there.
-"""
-
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,13 +29,6 @@ OF_WEIGHTS = ("use_dora", "use_qalora", "kasa_config", "target_parameters")
 """Fields of a `LoraConfig` that ask for arithmetic with it."""
 
 
-def register() -> None:
-    """Tells PEFT of the layers; once is enough."""
-    LoraConfig.__post_init__ = _then(LoraConfig.__post_init__, _know_convolutions)
-    BaseTuner.inject_adapter = _first(_first(BaseTuner.inject_adapter, _unfuse), _check_adapter)
-    BaseTuner._check_merge_allowed = _first(BaseTuner._check_merge_allowed, _check_merge)
-
-
 class LoraConv2d(Conv2d):
     """LoRA on a 1-bit convolution: PEFT makes the halves of an adapter of the type of the layer that it adapts, which
     here is to be that of the full-precision one."""
@@ -50,6 +37,8 @@ class LoraConv2d(Conv2d):
         self._kernel_dim = 4  # of the weight, not of its bits
         with _as_float(self):
             super().update_layer(*args, **kwargs)
+        for half in self.lora_A.values():
+            half.dilation = self.base_layer.dilation  # which PEFT leaves out
 
 
 @contextmanager
@@ -66,17 +55,19 @@ def _as_float(adapted: LoraConv2d) -> Iterator[None]:
         adapted.base_layer = one_bit
 
 
-def _know_convolutions(config: LoraConfig) -> None:
+def know_convolutions(config: LoraConfig) -> None:
+    """Has a LoRA find the class for 1-bit convolutions, without a word of the user's."""
     config._register_custom_module(dict.fromkeys((BinaryConv2d, PackedConv2d), LoraConv2d))
 
 
-def _check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
     """Refuses what needs the float weight of a layer that has none.
 
     Raises:
         ValueError: The adapter's config asks for it.
     """
     config = tuner.peft_config[adapter_name]
+    _check_saved(model, getattr(config, "modules_to_save", None) or [])
     targets = [name for name, layer in one_bit_layers(model).items() if _targets(tuner, config, name)]
     if not targets:
         return
@@ -101,7 +92,22 @@ def _check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args:
         )
 
 
-def _unfuse(tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+def _check_saved(model: nn.Module, modules_to_save: Sequence[str]) -> None:
+    """Refuses to train copies of modules that are bits, in whole or in part."""
+    packed = [
+        name for name, layer in one_bit_layers(model).items() if isinstance(layer, PackedLayer | PackedEmbedding)
+    ]
+    for asked in modules_to_save:
+        for name, _ in model.named_modules():
+            inside = [each for each in packed if each == name or each.startswith(f"{name}.")]
+            if name.endswith(asked) and inside:
+                raise ValueError(
+                    f"modules_to_save: received {asked!r}, which asks for a copy of {name!r} to be trained, and "
+                    f"{inside[0]!r} is packed: bits are not trained. Name norms and heads there, or use LoRA."
+                )
+
+
+def unfuse_base(tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """What one layer hands to another in bits leaves out what an adapter adds to it."""
     unfuse(model)
 
@@ -124,7 +130,7 @@ def _targets(tuner: BaseTuner, config: PeftConfig, name: str) -> bool:
     return bool(tuner._check_target_module_exists(config, name))
 
 
-def _check_merge(tuner: BaseTuner) -> None:
+def check_merge(tuner: BaseTuner) -> None:
     """Refuses to add what an adapter has learned to a weight of one bit.
 
     Raises:
@@ -145,25 +151,3 @@ def _check_merge(tuner: BaseTuner) -> None:
             f"merge: the adapter of {name!r} has no room in a 1-bit weight, {instead}. Base and adapter run side by "
             "side as they are."
         )
-
-
-def _first(method: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
-    """The method, after a check with the same arguments."""
-
-    @functools.wraps(method)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        check(*args, **kwargs)
-        return method(*args, **kwargs)
-
-    return checked
-
-
-def _then(method: Callable[..., Any], do: Callable[..., None]) -> Callable[..., Any]:
-    """The method, and something else afterwards."""
-
-    @functools.wraps(method)
-    def more(self: Any) -> None:
-        method(self)
-        do(self)
-
-    return more

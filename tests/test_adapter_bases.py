@@ -1,0 +1,269 @@
+"""Adapters and their bases: which bits they belong to, bases that are trained with them, packed and summarised."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback
+
+from hf_stompp import StomppCallback, pack, summary
+from hf_stompp.patching import binary_layers, bits_of, packed_layers
+
+peft = pytest.importorskip("peft")
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
+
+from hf_stompp.peft import train_base, without_adapters  # noqa: E402
+
+Auto = AutoModelForSequenceClassification
+CONFIG: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
+
+
+def adapted(model: nn.Module, kind: type = LoraConfig, **config: Any) -> Any:
+    """With a LoRA that is not zero, as if it had been trained."""
+    config = (CONFIG if kind is LoraConfig else {"task_type": "SEQ_CLS"}) | config
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = get_peft_model(model, kind(**config))
+        for name, values in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(values, std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).logits
+
+
+def freeze(model: nn.Module) -> Any:
+    for layer in binary_layers(model).values():
+        layer.set_frozen(1.0, step=1)
+    return model
+
+
+@pytest.fixture
+def other_folder(packed_folder: Path, make_model: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
+    """A packed model with one bit that is another."""
+    model = Auto.from_pretrained(packed_folder)
+    next(iter(packed_layers(model).values())).weight.data[0, 0] ^= 1
+    model.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+# --- which bits ------------------------------------------------------------------------------------------------------
+
+
+METHODS = {
+    "lora": (LoraConfig, {}),
+    "ia3": (peft.IA3Config, {}),
+    "prompts": (peft.PromptTuningConfig, {"num_virtual_tokens": 2}),
+}
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_on_other_bits_it_is_refused_and_both_are_named(
+    method: str, packed_folder: Path, other_folder: Path, tmp_path: Path
+) -> None:
+    kind, config = METHODS[method]
+    adapted(Auto.from_pretrained(packed_folder), kind, **config).save_pretrained(tmp_path / "adapter")
+    other = Auto.from_pretrained(other_folder)
+    both = rf"trained on the bits of '{packed_folder}'.*, and '{other_folder}' has others"
+    with pytest.raises(ValueError, match=both):
+        PeftModel.from_pretrained(other, tmp_path / "adapter")
+    if method != "prompts":
+        with pytest.raises(ValueError, match=both):
+            Auto.from_pretrained(other_folder).load_adapter(str(tmp_path / "adapter"))
+    second = adapted(Auto.from_pretrained(other_folder), kind, **config)
+    with pytest.raises(ValueError, match=both):
+        second.load_adapter(tmp_path / "adapter", "second")
+    assert list(second.peft_config) == ["default"]
+    PeftModel.from_pretrained(Auto.from_pretrained(packed_folder), tmp_path / "adapter")
+
+
+def test_on_full_precision_it_is_refused(
+    packed_folder: Path, tmp_path: Path, tiny_model: Callable[..., PreTrainedModel]
+) -> None:
+    adapted(Auto.from_pretrained(packed_folder)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="a model without a name has none"):
+        PeftModel.from_pretrained(tiny_model("bert", num_hidden_layers=1), tmp_path / "adapter")
+
+
+def test_the_same_bits_in_another_shape_are_the_same_base(
+    packed_folder: Path, frozen_bert: PreTrainedModel, tmp_path: Path
+) -> None:
+    adapted(Auto.from_pretrained(packed_folder)).save_pretrained(tmp_path / "adapter")
+    for base in (
+        Auto.from_pretrained(packed_folder, dtype=torch.bfloat16),
+        Auto.from_pretrained(packed_folder).dequantize(),
+        copy.deepcopy(frozen_bert),  # before it was packed
+    ):
+        PeftModel.from_pretrained(base, tmp_path / "adapter")
+    base = Auto.from_pretrained(packed_folder)
+    assert bits_of(base) == bits_of(base.base_model) == bits_of(adapted(base)) != bits_of(frozen_bert)
+
+
+def test_one_config_makes_adapters_on_several_bases(packed_folder: Path, other_folder: Path) -> None:
+    config = LoraConfig(**CONFIG)
+    get_peft_model(Auto.from_pretrained(packed_folder), config)
+    with pytest.warns(UserWarning, match="base_model_name_or_path"):  # PEFT's own, as ever
+        get_peft_model(Auto.from_pretrained(other_folder), config)
+
+
+def test_without_this_package_the_config_loads_with_a_warning(packed_folder: Path, tmp_path: Path) -> None:
+    adapted(Auto.from_pretrained(packed_folder)).save_pretrained(tmp_path)
+    plain = peft.PeftConfig.from_peft_type.__func__.__wrapped__
+    attributes = LoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    with pytest.warns(UserWarning, match="hf_stompp_base_bits"):
+        assert plain(LoraConfig, **attributes).r == 2
+
+
+# --- bases that are trained ------------------------------------------------------------------------------------------
+
+
+def test_without_adapters_is_the_base_around_the_same_tensors(
+    packed_folder: Path, tiny_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    base = Auto.from_pretrained(packed_folder)
+    expected, names = logits(base, tiny_batch()), list(base.state_dict())
+    model = adapted(base, modules_to_save=["classifier", "LayerNorm"])
+    bare = without_adapters(model)
+    assert list(bare.state_dict()) == names and torch.equal(logits(bare, tiny_batch()), expected)
+    assert not any(isinstance(module, BaseTunerLayer) for module in bare.modules())
+    assert any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    ours = {tensor.data_ptr() for tensor in model.state_dict().values()}
+    assert all(tensor.data_ptr() in ours for tensor in bare.state_dict().values())
+
+
+def test_a_base_is_trained_with_its_adapter_and_packed_under_it(
+    make_model: Callable[..., PreTrainedModel],
+    make_trainer: Callable[..., Trainer],
+    tiny_batch: Callable[..., dict[str, Tensor]],
+    tmp_path: Path,
+) -> None:
+    latent = make_model(surrogate="ste", learn_activation_scale=False)
+    before = {name: values.clone() for name, values in latent.named_parameters()}
+    model = train_base(get_peft_model(latent, LoraConfig(**CONFIG)))
+    frozen = {name for name, values in model.named_parameters() if not values.requires_grad}
+    assert all("activation_scale" in name or "original_module" in name for name in frozen) and frozen
+    make_trainer(model, callback=StomppCallback(), weight_decay=0.0).train()
+    bare = without_adapters(model)
+    for name, values in bare.named_parameters():
+        kept = "activation_scale" in name or name.startswith("classifier") or "key.bias" in name
+        assert kept or not torch.equal(values, before[name]), name
+
+    packed = pack(model)
+    assert not any("weight_mask" in name for name in packed.state_dict()) and len(packed_layers(packed)) == 6
+    expected = logits(model.eval(), tiny_batch())
+    assert torch.allclose(logits(packed, tiny_batch()), expected, atol=1e-5)
+    assert torch.equal(logits(without_adapters(packed), tiny_batch()), logits(pack(bare), tiny_batch()))
+    assert not torch.allclose(logits(pack(bare), tiny_batch()), expected, atol=1e-2)
+
+    model.save_pretrained(tmp_path)
+    fresh = make_model(surrogate="ste", learn_activation_scale=False)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(logits(loaded.eval(), tiny_batch()), expected)
+    again = Auto.from_pretrained(tmp_path / "base")
+    assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path).eval(), tiny_batch()), expected)
+
+
+def test_an_adapter_that_was_trained_with_its_base_needs_that(
+    make_model: Callable[..., PreTrainedModel], tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
+) -> None:
+    train_base(adapted(make_model())).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"trained with its base, which is in '.*base', and a model without a name"):
+        PeftModel.from_pretrained(tiny_model("bert", num_hidden_layers=1), tmp_path)
+    with pytest.raises(ValueError, match="train_base takes an adapter on a model that binarize"):
+        train_base(adapted(tiny_model("bert")))
+
+
+def test_several_adapters_are_packed_with_their_base(
+    make_model: Callable[..., PreTrainedModel], tiny_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    model = adapted(freeze(make_model()), task_type=None)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["query"]))
+    nn.init.normal_(
+        model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query").lora_B.second.weight
+    )
+    packed = pack(model)
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        packed.set_adapter(name)
+        assert torch.allclose(logits(packed, tiny_batch()), logits(model, tiny_batch()), atol=1e-5), name
+
+
+def test_the_model_inside_is_not_packed_under_its_adapters(make_model: Callable[..., PreTrainedModel]) -> None:
+    model = adapted(freeze(make_model()))
+    with pytest.raises(ValueError, match="pack takes the PeftModel around it"):
+        pack(model.get_base_model())
+
+
+def test_the_summary_has_a_row_for_each_adapter(packed_folder: Path) -> None:
+    base = Auto.from_pretrained(packed_folder)
+    before = summary(base)
+    model = adapted(base, modules_to_save=None)
+    found = summary(model)
+    assert found.rows[:-1] == before.rows and found.model == before.model
+    row = found.rows[-1]
+    trained = sum(values.numel() for values in model.parameters() if values.requires_grad)
+    assert (row.name, row.role, row.parameters) == ("default", "adapter (LORA)", trained)
+    assert "beside the bits" in str(found)
+
+
+@pytest.mark.parametrize("base", ["packed", "latent"])
+def test_activation_checkpointing_gives_the_same_gradients(
+    base: str, make_model: Callable[..., PreTrainedModel], tiny_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model: Any = freeze(make_model(surrogate="ste"))
+        model = adapted(pack(model) if base == "packed" else model, lora_dropout=0.1)
+        model = (train_base(model) if base == "latent" else model).train()
+        if checkpointing:
+            inside = model.get_base_model()
+            enable = getattr(inside, "activation_checkpointing_enable", None) or inside.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        torch.manual_seed(0)  # dropout
+        model(**tiny_batch(), labels=torch.tensor([0, 1, 0])).loss.backward()
+        found.append({name: values.grad for name, values in model.named_parameters() if values.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 10
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+
+
+def test_an_adapter_in_bfloat16(
+    packed_folder: Path, tiny_batch: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    base = Auto.from_pretrained(packed_folder)
+    model = get_peft_model(base, LoraConfig(**CONFIG), autocast_adapter_dtype=False)
+    for name, values in model.named_parameters():
+        if "lora_" in name:
+            values.data = nn.init.normal_(torch.empty_like(values), std=0.1).bfloat16()
+    found = logits(model.eval(), tiny_batch())
+    assert found.dtype == torch.float32
+    for values in model.parameters():
+        if values.dtype == torch.bfloat16:
+            values.data = values.data.float()
+    assert torch.allclose(found, logits(model, tiny_batch()), atol=0.1)
+
+
+def test_gradients_reach_adapters_below_as_in_the_latent_model(
+    make_model: Callable[..., PreTrainedModel],
+    make_trainer: Callable[..., Trainer],
+    tiny_batch: Callable[..., dict[str, Tensor]],
+) -> None:
+    latent = freeze(make_model(surrogate="ste"))
+    packed = pack(latent)
+    found = []
+    for base in (latent, packed):
+        model = adapted(base).eval()
+        model(**tiny_batch(), labels=torch.tensor([0, 1, 0])).loss.backward()
+        found.append({name: values.grad for name, values in model.named_parameters() if "lora_A" in name})
+    for name, gradient in found[0].items():
+        assert gradient.any() and torch.allclose(gradient, found[1][name], rtol=1e-4, atol=1e-6), name
+    make_trainer(adapted(pack(freeze(make_model()))), callback=TrainerCallback(), max_steps=2).train()
