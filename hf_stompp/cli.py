@@ -148,6 +148,7 @@ def _add_push(commands: Any) -> None:
     _flag(parser, "create-pr", "open a pull request instead of committing to the branch", action="store_true")
     _flag(parser, "latent", "also push a latent checkpoint, which is full-precision", action="store_true")
     _flag(parser, "card", "file with the text of README.md; without it as push does", metavar="FILE")
+    _flag(parser, "base-model", "of an adapter: Hub id of the model it was trained on")
 
 
 def _push(arguments: argparse.Namespace) -> int:
@@ -160,6 +161,7 @@ def _push(arguments: argparse.Namespace) -> int:
         create_pr=arguments.create_pr,
         card=arguments.card and _read("--card", arguments.card),
         latent=arguments.latent,
+        base_model=arguments.base_model,
     )
     print(info.pr_url or info.commit_url)
     return 0

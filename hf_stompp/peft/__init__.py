@@ -6,6 +6,11 @@ trained on, and is not loaded on others. What cannot be right is refused: a weig
 and no initialisation can be made of a float weight that is not there.
 """
 
+from transformers.utils import is_peft_available
+
+if not is_peft_available():
+    raise ImportError("hf_stompp.peft is for adapters of PEFT; pip install peft, or hf_stompp[peft].")
+
 from hf_stompp.peft.base import train_base, without_adapters
 from hf_stompp.peft.registration import register
 
