@@ -4,6 +4,9 @@ Importing the package registers its quantizer, after which `from_pretrained` tak
 packed checkpoints.
 """
 
+from importlib.metadata import version as _version
+
+from packaging.version import parse as _parse
 from transformers.utils import is_peft_available
 
 from hf_stompp.calibration import calibrate
@@ -17,10 +20,10 @@ from hf_stompp.resuming import last_checkpoint
 from hf_stompp.verification import Verification, verify
 
 register()
-if is_peft_available():
-    from hf_stompp import peft
+if is_peft_available() and _parse(_version("peft")) >= _parse("0.18"):
+    from hf_stompp.peft import registration
 
-    peft.register()
+    registration.register()
 
 __all__ = [
     "BinarizationConfig",

@@ -99,6 +99,12 @@ def _add_summary(commands: Any) -> None:
 def _summary(arguments: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(BinarizationConfig) if field.init]
     config = BinarizationConfig(**{name: getattr(arguments, name) for name in names})
+    adapter = Path(arguments.model, "adapter_config.json")
+    if adapter.is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"{arguments.model} is an adapter. Look at its base, {base}; or at both: summary(model) in Python."
+        )
     saved = AutoConfig.from_pretrained(arguments.model, trust_remote_code=False)
     if (getattr(saved, "quantization_config", None) or {}).get("quant_method") == QUANT_METHOD:
         plain = BinarizationConfig()

@@ -255,9 +255,10 @@ class BinarizationConfig(QuantizationConfigMixin):
 
     @property
     def straight_through(self) -> float:
-        """κ of the straight-through gradient of binary entries; 0 without one."""
+        """κ of the straight-through gradient of binary inputs; 0 without one, as where thresholds have taken batch
+        norms in, whose slopes are gone."""
         clip = math.inf if self.clip is None else self.clip
-        return clip if self.surrogate == "ste" else 0.0
+        return clip if self.surrogate == "ste" and not self.folded else 0.0
 
     @property
     def never_freezes(self) -> bool:

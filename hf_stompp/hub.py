@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import is_peft_available, logging
 
 from hf_stompp.card import UNNAMED, model_card, render
-from hf_stompp.checkpoint import check_kind, checksums, load_complete, wrong_file
+from hf_stompp.checkpoint import check_kind, checksums, load_complete, read_json, wrong_file
 from hf_stompp.figures import Figures
 from hf_stompp.results import Scored
 
@@ -99,9 +99,11 @@ def push(
         >>> push(pack(model), "user/bert-sst2-1bit", tokenizer=tokenizer)  # doctest: +SKIP
     """
     with tempfile.TemporaryDirectory() as temporary:
+        base = None
         if _is_adapter(model_or_folder):
             folder, text = _saved_adapter(model_or_folder, tokenizer, base_model, Path(temporary))
             text = text if card is None else str(card)
+            base = read_json(folder, "adapter_config.json")["base_model_name_or_path"]
         elif base_model is not None:
             raise TypeError(f"base_model: received {base_model!r}, but what is pushed is no adapter. Drop it.")
         else:
@@ -111,6 +113,11 @@ def push(
         message = commit_message or "Upload a 1-bit model with hf_stompp"
         publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
         try:
+            if base is not None and not _again(lambda: publication.api.repo_exists(base)):
+                raise FileNotFoundError(
+                    f"base_model: the Hub has no {base!r}, or not for you, so that nobody could load the adapter; "
+                    "nothing was uploaded. Push the base first, or pass the id that it has."
+                )
             return publication.commit(files, text, message, lambda there: card is None and _stays(there, folder))
         except (HTTPError, json.JSONDecodeError) as error:
             raise _explained(error, publication) from error

@@ -58,10 +58,12 @@ def is_packed(model: nn.Module) -> bool:
 
 def bits_of(model: nn.Module) -> str | None:
     """The SHA-256 of all that is packed in the layers of a model, or was before `dequantize()`: the same with and
-    without a head, adapters, kernels and rounded norms. None of a model that is not packed."""
+    without a head, adapters, kernels and rounded norms. None of a model that is not packed, or not in memory."""
     layers = packed_layers(model).values()
     if not layers:
         return getattr(model, "dequantized_bits", None)
+    if any(layer.weight.is_meta for layer in layers):
+        return None
     digest = hashlib.sha256()
     for layer in layers:
         for tensor in (layer.weight, layer.weight_scale, layer.activation_threshold, layer.activation_levels):
@@ -183,7 +185,7 @@ def pack(
     Args:
         model (`PreTrainedModel`): A binarized model whose every entry is frozen, as after a finished training run. A
             wrapper of DDP, mixed precision or `torch.compile` around it is taken off. Of a `PeftModel` the base is
-            packed, and its adapters are copied onto it.
+            packed, without folding, and its adapters are copied onto it.
         embedding_bits (`int`, *optional*): 32, 16, 8, 4 or 1 bits an entry of the embedding tables, with a scale for
             each row (see [`~packing.quantize_rows`]); by default what the model's config says. A table that was
             binarized in training has 1 bit in any case, one that is tied to the output layer stays as it is.
@@ -207,7 +209,7 @@ def pack(
     """
     model = extract_model_from_parallel(model, keep_fp32_wrapper=True, keep_torch_compile=False)
     if hasattr(model, "peft_config"):
-        return _pack_under_adapters(model, embedding_bits, dtype, fold_batch_norm)
+        return _pack_under_adapters(model, embedding_bits, dtype)
     layers = binary_layers(model)
     config = _check_packable(model)
     if embedding_bits is not None:
@@ -224,6 +226,8 @@ def pack(
         }
         chains = foldable(model, layers, binary_inputs)
         config.folded = [name_in_base(packed, name) for chain in chains for name in fold(packed, chain)]
+        for layer in packed_layers(packed).values():
+            layer.straight_through = config.straight_through
     if dtype is not None:
         packed.to(dtype)
         packed.config.dtype = dtype
@@ -231,7 +235,7 @@ def pack(
     return packed
 
 
-def _pack_under_adapters(model: Any, *options: Any) -> Any:
+def _pack_under_adapters(model: Any, embedding_bits: int | None, dtype: torch.dtype | None) -> Any:
     from hf_stompp.peft.base import PeftModel, on_other_base, without_adapters  # who has adapters has PEFT
 
     if not isinstance(model, PeftModel):
@@ -239,7 +243,8 @@ def _pack_under_adapters(model: Any, *options: Any) -> Any:
             f"This {type(model).__name__} has adapters in it. pack takes the PeftModel around it, and packs the base; "
             "hf_stompp.peft.without_adapters(model) is the base alone."
         )
-    base = pack(without_adapters(model), *options)
+    # An adapter reads what comes out of a batch norm, which would not be there.
+    base = pack(without_adapters(model), embedding_bits, dtype, fold_batch_norm=False)
     base.name_or_path = ""  # it is not the model that the latent one was loaded from
     return on_other_base(model, base)
 

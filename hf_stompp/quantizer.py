@@ -126,7 +126,7 @@ class StomppHfQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a string once it has been saved
         unfuse(model)
-        model.dequantized_bits = bits_of(model)  # to which adapters belong
+        model.dequantized_bits = model.base_model.dequantized_bits = bits_of(model)  # to which adapters belong
         layers = packed_layers(model)
         for name, layer in layers.items():
             binary_input = layer.activation_threshold is not None

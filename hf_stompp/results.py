@@ -15,6 +15,9 @@ from hf_stompp.config import RESOLVED, BinarizationConfig
 OWN = ""
 """The name of the run that made the checkpoint, among the runs of a card."""
 
+COLLAPSED = " (collapsed)"
+"""What is added to the name of a model that says the same of everything."""
+
 # What recipes and Trainers report → its id on the Hub.
 METRICS = {
     "accuracy": "accuracy",
@@ -83,11 +86,15 @@ def result_row(
 ) -> dict[str, Any]:
     """A row of the result table out of what `Trainer.evaluate` returned for `model`, saved in `folder`.
 
-    The loss, of each evaluation set in `parts`, is left out, unless there is nothing else.
+    The loss, of each evaluation set in `parts`, is left out, unless there is nothing else; and a model that has
+    collapsed, as the recipes tell, is marked in its name.
     """
     parts = tuple(parts)
     other = ("_runtime", "_per_second", "_preparation_time", "epoch")
     values = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(other)}
+    collapsed = [key for key in values if key.endswith("collapsed")]
+    values = {key: value for key, value in values.items() if key not in collapsed}
+    model += COLLAPSED if collapsed else ""
     scores = {key: value for key, value in values.items() if split_key(key, parts)[1] != "loss"} or values
     seconds = sum(value for key, value in metrics.items() if key.endswith("_runtime"))
     return {"model": model, **scores, "bytes": weight_bytes(Path(folder)), "eval_seconds": seconds}

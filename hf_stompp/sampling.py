@@ -34,7 +34,12 @@ def calibration_batches(
         batch = dataloader.collate_fn(rows)
     if not isinstance(batch, Mapping):
         return []
-    batch = {key: value.to(args.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    apart = getattr(trainer, "not_for_the_model", ())
+    batch = {
+        key: value.to(args.device) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+        if key not in apart
+    }
     columns = trainer.collect_features(batch)[0] if hasattr(trainer, "collect_features") else None
     batches = [batch] if columns is None else [{"input": column} for column in reversed(columns)]
     return batches if all(_takes(model, batch) for batch in batches) else []

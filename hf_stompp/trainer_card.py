@@ -60,8 +60,10 @@ class TrainerCard:
     def _card(self) -> ModelCard:
         trainer, model = self._trainer, self._trainer.model
         if hasattr(model, "peft_config"):
-            from hf_stompp.peft.card import adapter_card  # who has adapters has PEFT
+            from hf_stompp.peft.card import PeftModel, adapter_card  # who has adapters has PEFT
 
+            if not isinstance(model, PeftModel):
+                raise TypeError(f"a {type(model).__name__} with an adapter inside is no PeftModel")
             return adapter_card(model, model.active_adapters[0], repo_id=trainer.hub_model_id or UNNAMED)
         config: Any = getattr(model.config, "quantization_config", None)
         check_kind(config, f"The Trainer's {type(model).__name__}", latent=True)

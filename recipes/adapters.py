@@ -85,12 +85,13 @@ def score_adapter(trainer: Trainer, load_base: Callable[[str], PreTrainedModel],
     from peft import PeftModel
 
     from hf_stompp.peft.base import adapter_weights
+    from hf_stompp.peft.records import FOLDER
 
     model: Any = trainer.model
     config = model.peft_config["default"]
     adapter, rows = Path(trainer.args.output_dir), []
     if binary_layers(model):
-        rows.append(_row("latent fp32, with its adapter", trainer, adapter / "base", adapter))
+        rows.append(_row("latent fp32, with its adapter", trainer, adapter / FOLDER, adapter))
         source, adapter = str(adapter / "packed"), adapter / "adapter"
         if trainer.is_world_process_zero():
             save_apart(pack(model), trainer.processing_class, Path(source), adapter)

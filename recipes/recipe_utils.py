@@ -15,11 +15,14 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import EvalPrediction, Trainer, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from hf_stompp import BinarizationConfig, last_checkpoint, model_card, pack
 from hf_stompp.checkpoint import whole_folder
 from hf_stompp.results import result_row, training_facts
 from hf_stompp.scoring import decide
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -78,10 +81,24 @@ def refuse_best_checkpoint(args: TrainingArguments) -> None:
 def metrics_of(
     recipe: CommonArguments, name: str, config: str | None = None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """What the Trainer scores with: the `evaluate` module `name`, of those in metrics/ or of the Hub."""
+    """What the Trainer scores with: the `evaluate` module `name`, of those in metrics/ or of the Hub; and `collapsed`,
+    where the model says the same of all rows, whose score is that of a constant."""
     module = name if recipe.hub_metrics else str(Path(__file__).parent / "metrics" / name)
     metric = evaluate.load(module, config, keep_in_memory=True)
-    return lambda output: metric.compute(predictions=decide(output.predictions), references=output.label_ids)
+
+    def compute(output: EvalPrediction) -> dict[str, float]:
+        decided = decide(output.predictions)
+        scores: dict[str, float] = metric.compute(predictions=decided, references=output.label_ids)
+        if len(np.unique(decided)) == 1 < len(np.unique(output.label_ids)):
+            logger.warning(
+                f"The model says {decided[0]} of all {len(decided)} rows: it has collapsed, and its score is that of "
+                "a constant. In the middle of StoMPP it may recover; at the end, try a smaller learning rate, more "
+                "steps, or a teacher."
+            )
+            scores["collapsed"] = 1.0
+        return scores
+
+    return compute
 
 
 def train(trainer: Trainer, matmul_precision: str) -> dict[str, Any]:

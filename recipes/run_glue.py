@@ -17,6 +17,7 @@ An adapter on the packed model that this leaves:
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -37,6 +39,7 @@ import synthetic
 from adapters import AdapterArguments, add_adapter, score_adapter, write_card
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
+from hf_stompp.distillation import DistillationTrainer, with_teacher_logits
 from hf_stompp.scoring import decide
 from recipe_flags import parse_recipe
 from recipe_utils import (
@@ -72,6 +75,16 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa, …; on a CPU eager is faster for short texts."}
     )
+    teacher: str | None = field(
+        default=None, metadata={"help": "Distil from this model, a Hub id or folder, fine-tuned for the task."}
+    )
+    cache_teacher: bool = field(
+        default=False, metadata={"help": "Ask it once of each row, for logits alone; pays from the second epoch on."}
+    )
+    temperature: float = field(default=1.0, metadata={"help": "Of the logits of teacher and student."})
+    logits_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's logits in the loss."})
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of its hidden states."})
+    labels_weight: float = field(default=0.0, metadata={"help": "Weight of the labels, beside a teacher."})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -153,16 +166,28 @@ def make_trainer(
     model_init: Callable[..., PreTrainedModel] | None = None,
 ) -> Trainer:
     """The Trainer of a model, or of those that `model_init` makes."""
-    return Trainer(
+    kind: Any = Trainer
+    if recipe.teacher:
+        names = ("teacher", "temperature", "logits_weight", "hidden_weight", "labels_weight")
+        kind = partial(DistillationTrainer, **{name: getattr(recipe, name) for name in names})
+    trainer: Trainer = kind(
         model,
         args,
         model_init=model_init,
-        train_dataset=prepared.data["train"],
+        train_dataset=taught(recipe, args, prepared) if recipe.cache_teacher else prepared.data["train"],
         eval_dataset=evaluation_data(prepared.data, prepared.task),
         processing_class=prepared.tokenizer,
         compute_metrics=metrics_of(recipe, "glue", metric_config(recipe)),
         callbacks=[StomppCallback()] if recipe.binarize else None,
     )
+    return trainer
+
+
+def taught(recipe: RecipeArguments, args: TrainingArguments, prepared: Prepared) -> Any:
+    """The training set with what the teacher says of it; one process of a machine asks it."""
+    teacher = AutoModelForSequenceClassification.from_pretrained(recipe.teacher).to(args.device)
+    with args.main_process_first(desc="the teacher"):
+        return with_teacher_logits(prepared.data["train"], teacher, DataCollatorWithPadding(prepared.tokenizer))
 
 
 def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
@@ -175,6 +200,11 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
         raise ValueError(
             f"model_name_or_path: received None; {recipe.task_name} needs a Hub id or a folder of a pretrained model, "
             "as in --model_name_or_path google-bert/bert-base-uncased. Only synthetic makes its own."
+        )
+    if recipe.cache_teacher and (recipe.teacher is None or recipe.hidden_weight > 0):
+        raise ValueError(
+            f"cache_teacher: received True with teacher={recipe.teacher!r} and hidden_weight={recipe.hidden_weight}; "
+            "allowed: with a teacher whose logits alone are asked for. Drop it, or set hidden_weight to 0."
         )
     refuse_best_checkpoint(args)
 

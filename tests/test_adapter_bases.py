@@ -1,6 +1,8 @@
 """Adapters and their bases: which bits they belong to, bases that are trained with them, packed and summarised."""
 
 import copy
+import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback
 
-from hf_stompp import StomppCallback, pack, summary
+from hf_stompp import BinarizationConfig, StomppCallback, binarize, pack, summary
 from hf_stompp.patching import binary_layers, bits_of, packed_layers
 
 peft = pytest.importorskip("peft")
@@ -18,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
 
 from hf_stompp.peft import train_base, without_adapters  # noqa: E402
+from hf_stompp.peft.records import BITS  # noqa: E402
 
 Auto = AutoModelForSequenceClassification
 CONFIG: dict[str, Any] = {"r": 2, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
@@ -114,12 +117,53 @@ def test_one_config_makes_adapters_on_several_bases(packed_folder: Path, other_f
         get_peft_model(Auto.from_pretrained(other_folder), config)
 
 
+def test_each_model_records_its_own_bits(packed_folder: Path, other_folder: Path, tmp_path: Path) -> None:
+    config = LoraConfig(**CONFIG)
+    bases = [Auto.from_pretrained(folder) for folder in (packed_folder, other_folder)]
+    models = [get_peft_model(base, config) for base in bases]
+    for base, model in zip(bases, models, strict=True):
+        model.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())[BITS] == bits_of(base)
+        assert bits_of(base) in (tmp_path / "README.md").read_text()  # the card is written anew too
+    base = Auto.from_pretrained(packed_folder)
+    base.add_adapter(config)
+    base.save_pretrained(tmp_path / "inside")
+    assert json.loads((tmp_path / "inside" / "adapter_config.json").read_text())[BITS] == bits_of(base)
+
+
+def test_a_saved_config_is_one_for_other_models_too(packed_folder: Path, other_folder: Path, tmp_path: Path) -> None:
+    adapted(Auto.from_pretrained(packed_folder)).save_pretrained(tmp_path)
+    config = LoraConfig.from_pretrained(tmp_path)
+    assert BITS not in config.to_dict() and LoraConfig(**config.to_dict()) == config
+    get_peft_model(Auto.from_pretrained(other_folder), config)
+
+
 def test_without_this_package_the_config_loads_with_a_warning(packed_folder: Path, tmp_path: Path) -> None:
     adapted(Auto.from_pretrained(packed_folder)).save_pretrained(tmp_path)
-    plain = peft.PeftConfig.from_peft_type.__func__.__wrapped__
-    attributes = LoraConfig.from_json_file(tmp_path / "adapter_config.json")
-    with pytest.warns(UserWarning, match="hf_stompp_base_bits"):
-        assert plain(LoraConfig, **attributes).r == 2
+    attributes = json.loads((tmp_path / "adapter_config.json").read_text())
+    with pytest.warns(UserWarning, match=BITS):
+        assert LoraConfig.from_peft_type(**attributes).r == 2
+
+
+def test_other_models_do_not_notice(tiny_model: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
+    """Not even where a folder is called as the bases of others once were."""
+    stock = adapted(tiny_model("bert"))
+    stock.add_adapter("base", LoraConfig(**CONFIG))
+    stock.save_pretrained(tmp_path)
+    tiny_model("bert").save_pretrained(tmp_path / "latent_base")
+    before = stock.get_base_model().bert.embeddings.word_embeddings.weight.clone()
+    loaded = PeftModel.from_pretrained(tiny_model("bert"), tmp_path)
+    loaded.load_adapter(tmp_path / "base", "base")
+    assert torch.equal(loaded.get_base_model().bert.embeddings.word_embeddings.weight, before)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not any("stompp" in key for key in written) and "hf_stompp" not in (tmp_path / "README.md").read_text()
+    assert pickle.loads(pickle.dumps(LoraConfig(**CONFIG))) == LoraConfig(**CONFIG)
+    assert "hf_stompp" not in str(pickle.dumps(LoraConfig(**CONFIG)))
+
+
+def test_a_model_without_memory_is_not_asked(packed_folder: Path) -> None:
+    model = Auto.from_pretrained(packed_folder).to("meta")
+    assert bits_of(get_peft_model(model, LoraConfig(**CONFIG))) is None
 
 
 # --- bases that are trained ------------------------------------------------------------------------------------------
@@ -163,20 +207,54 @@ def test_a_base_is_trained_with_its_adapter_and_packed_under_it(
     assert torch.equal(logits(without_adapters(packed), tiny_batch()), logits(pack(bare), tiny_batch()))
     assert not torch.allclose(logits(pack(bare), tiny_batch()), expected, atol=1e-2)
 
+    def fresh() -> PreTrainedModel:
+        return make_model(surrogate="ste", learn_activation_scale=False)
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(first)
+    loaded = PeftModel.from_pretrained(fresh(), first)
+    loaded.save_pretrained(second)  # what was loaded is not lost
+    inside = fresh()
+    inside.load_adapter(str(second))
+    again = PeftModel.from_pretrained(Auto.from_pretrained(second / "latent_base"), second)
+    for one in (loaded, PeftModel.from_pretrained(fresh(), second), inside, again):
+        assert torch.equal(logits(one.eval(), tiny_batch()), expected)
+
+
+def test_adapters_with_names_find_the_base_that_was_trained_with_them(
+    make_model: Callable[..., PreTrainedModel], tiny_batch: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = train_base(get_peft_model(freeze(make_model()), LoraConfig(r=2, target_modules=["query"]), "side"))
+    for values in model.parameters():
+        values.data += 0.1 * torch.randn_like(values)
+    expected = logits(model.eval(), tiny_batch())
     model.save_pretrained(tmp_path)
-    fresh = make_model(surrogate="ste", learn_activation_scale=False)
-    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "side", adapter_name="side")
     assert torch.equal(logits(loaded.eval(), tiny_batch()), expected)
-    again = Auto.from_pretrained(tmp_path / "base")
-    assert torch.equal(logits(PeftModel.from_pretrained(again, tmp_path).eval(), tiny_batch()), expected)
+    by_subfolder = PeftModel.from_pretrained(make_model(), str(tmp_path), subfolder="side")
+    assert torch.equal(logits(by_subfolder.eval(), tiny_batch()), expected)
+    other = get_peft_model(freeze(make_model()), LoraConfig(r=2, target_modules=["key"]))
+    before = {name: values.clone() for name, values in other.state_dict().items()}
+    with pytest.raises(ValueError, match="has other weights, under default. Load it on a model of its own"):
+        other.load_adapter(tmp_path / "side", "side")
+    assert all(torch.equal(values, before[name]) for name, values in other.state_dict().items())
+    (tmp_path / "latent_base").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="should be in .*latent_base.*, and is not there"):
+        PeftModel.from_pretrained(make_model(), tmp_path / "side")
 
 
 def test_an_adapter_that_was_trained_with_its_base_needs_that(
     make_model: Callable[..., PreTrainedModel], tiny_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     train_base(adapted(make_model())).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"trained with its base, which is in '.*base', and a model without a name"):
-        PeftModel.from_pretrained(tiny_model("bert", num_hidden_layers=1), tmp_path)
+    whole = tiny_model("bert", num_hidden_layers=1)
+    for load in (lambda: PeftModel.from_pretrained(whole, tmp_path), lambda: whole.load_adapter(str(tmp_path))):
+        with pytest.raises(
+            ValueError, match=r"trained with its base, which is in '.*_base', and a model without a name"
+        ):
+            load()
+    assert not any(isinstance(module, BaseTunerLayer) for module in whole.modules())
     with pytest.raises(ValueError, match="train_base takes an adapter on a model that binarize"):
         train_base(adapted(tiny_model("bert")))
 
@@ -196,6 +274,60 @@ def test_several_adapters_are_packed_with_their_base(
         assert torch.allclose(logits(packed, tiny_batch()), logits(model, tiny_batch()), atol=1e-5), name
 
 
+def test_several_active_adapters_stay_active(
+    make_model: Callable[..., PreTrainedModel], tiny_batch: Callable[..., dict[str, Tensor]]
+) -> None:
+    model = adapted(freeze(make_model()), task_type=None)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["query"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    packed = pack(model)
+    assert packed.active_adapters == ["default", "second"]
+    assert torch.allclose(logits(packed, tiny_batch()), logits(model.eval(), tiny_batch()), atol=1e-5)
+
+
+def test_convolutions_are_packed_under_their_adapters(
+    tiny_vision_model: Callable[..., Any], tiny_images: Callable[..., Tensor]
+) -> None:
+    """Whose inputs a folded batch norm would take away."""
+    model = freeze(binarize(tiny_vision_model("resnet-18"), BinarizationConfig(surrogate="ste")))
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias, std=0.3)
+    assert pack(model).config.quantization_config.folded
+    convolutions = [name for name in binary_layers(model) if "layer" in name]
+    model = adapted(model, target_modules=convolutions, task_type=None)
+    packed, images = pack(model), tiny_images(model.get_base_model())
+    assert not packed.config.quantization_config.folded
+    with torch.no_grad():
+        assert torch.allclose(packed(images).logits, model(images).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_thresholds_that_took_batch_norms_in_pass_no_gradient(
+    tiny_vision_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = freeze(binarize(tiny_vision_model("resnet-18"), BinarizationConfig(surrogate="ste")))
+    folded, plain = pack(model), pack(model, fold_batch_norm=False)
+    folded.save_pretrained(tmp_path)
+    loaded = type(folded).from_pretrained(tmp_path)
+    for one, expected in ((folded, 0.0), (loaded, 0.0), (plain, 2.0)):
+        assert {layer.straight_through for layer in packed_layers(one).values()} == {expected}
+
+
+def test_dequantized_convolutions_take_adapters(
+    tiny_vision_model: Callable[..., Any], tiny_images: Callable[..., Tensor]
+) -> None:
+    packed = pack(freeze(binarize(tiny_vision_model("resnet-18"), BinarizationConfig())), fold_batch_norm=False)
+    names = [name for name in packed_layers(packed) if "layer" in name]
+    config = {"target_modules": names, "task_type": None}
+    found = []
+    for base in (copy.deepcopy(packed), packed.dequantize()):
+        with torch.no_grad():
+            found.append(adapted(base, **config)(tiny_images(base)).logits)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
 def test_the_model_inside_is_not_packed_under_its_adapters(make_model: Callable[..., PreTrainedModel]) -> None:
     model = adapted(freeze(make_model()))
     with pytest.raises(ValueError, match="pack takes the PeftModel around it"):
@@ -212,6 +344,8 @@ def test_the_summary_has_a_row_for_each_adapter(packed_folder: Path) -> None:
     trained = sum(values.numel() for values in model.parameters() if values.requires_grad)
     assert (row.name, row.role, row.parameters) == ("default", "adapter (LORA)", trained)
     assert "beside the bits" in str(found)
+    model.delete_adapter("default")
+    assert summary(model).rows == before.rows
 
 
 @pytest.mark.parametrize("base", ["packed", "latent"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from loopback_hub import LoopbackHub
+from loopback_hub import LoopbackHub, Repo
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
 
@@ -118,8 +118,18 @@ def test_the_active_adapter_of_a_model_in_memory_is_pushed(
     assert card.data.base_model == BASE and "for a **1-bit** BertForSequenceClassification (W1A1)" in card.text
 
 
+def test_a_base_that_the_hub_does_not_have(hub: LoopbackHub, run: Run, adapter_folder: Path) -> None:
+    answer = run(
+        f"import hf_stompp\nhf_stompp.push({str(adapter_folder)!r}, {ADAPTER!r}, base_model='user/nothing')\n"
+    )
+    assert "FileNotFoundError" in answer["error"] and "the Hub has no 'user/nothing'" in answer["message"]
+    assert ADAPTER not in hub.repos
+
+
 def test_a_persons_card_stays_and_gets_the_base(adapter_folder: Path, hub: LoopbackHub, run: Run) -> None:
     (adapter_folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+    hub.repos[BASE] = Repo(private=False)
+    hub.repos[BASE].branches["main"] = hub.repos[BASE].commit("made", {}, None)
     answer = run(f"import hf_stompp\nhf_stompp.push({str(adapter_folder)!r}, {ADAPTER!r}, base_model={BASE!r})\n")
     assert answer["error"] is None
     card = ModelCard(hub.head(ADAPTER).files["README.md"].decode())
@@ -141,6 +151,10 @@ def test_what_cannot_be_published_is_refused_before_anything_is_sent(
     trained.save_pretrained(adapter_folder.with_name("trained"))
     with pytest.raises(ValueError, match=r"base of this adapter is latent.*pack\(model\)"):
         push(adapter_folder.with_name("trained"), ADAPTER, base_model=BASE)
+    inside = AutoModelForSequenceClassification.from_pretrained(packed_folder)
+    inside.load_adapter(str(adapter_folder))
+    with pytest.raises(ValueError, match="push takes a PeftModel with one active adapter"):
+        push(inside, ADAPTER, base_model=BASE)
     weights = adapter_folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(ValueError, match="adapter_model.safetensors is truncated or corrupted"):

@@ -143,7 +143,10 @@ def test_push(
     code, printed, _ = run("push", packed_folder, "user/tiny", *flags)
     assert (code, printed) == (0, "https://hub/user/tiny/commit/1\n")
     options = {"private": True, "revision": "trial", "commit_message": "One bit", "card": "# Tiny"}
-    assert pushed == [((str(packed_folder), "user/tiny"), options | {"create_pr": False, "latent": False})]
+    others = {"create_pr": False, "latent": False, "base_model": None}
+    assert pushed == [((str(packed_folder), "user/tiny"), options | others)]
+    assert run("push", "adapter", "user/adapter", "--base-model", "user/tiny")[0] == 0
+    assert pushed[1][1]["base_model"] == "user/tiny"
 
 
 def test_card(

@@ -252,7 +252,6 @@ REFUSED = {
     "init_lora_weights is 'pissa'": {"init_lora_weights": "pissa"},
     "init_lora_weights is 'pissa_niter_4'": {"init_lora_weights": "pissa_niter_4"},
     "init_lora_weights is 'olora'": {"init_lora_weights": "olora"},
-    "target_parameters": {"target_parameters": ["query.weight"]},
 }
 
 
@@ -268,9 +267,23 @@ def test_what_needs_float_weights_is_refused(packed: PreTrainedModel, field: str
 
 def test_copies_of_bits_are_not_trained(packed: PreTrainedModel) -> None:
     config = LoraConfig(target_modules=["classifier"], modules_to_save=["intermediate"])
-    with pytest.raises(ValueError, match=r"modules_to_save: received 'intermediate'.*intermediate.dense' is packed"):
+    with pytest.raises(ValueError, match=r"modules_to_save: received 'intermediate'.*which has 1-bit weights"):
         get_peft_model(packed, config)
     get_peft_model(packed, LoraConfig(target_modules=["classifier"], modules_to_save=["LayerNorm"]))
+
+
+def test_fields_that_look_at_layers_otherwise_are_refused(
+    packed: PreTrainedModel, make_model: Callable[..., PreTrainedModel]
+) -> None:
+    fields: dict[str, Any] = {
+        "target_parameters": ["query.weight"],
+        "trainable_token_indices": {"word_embeddings": [1]},
+        "layer_replication": [(0, 1), (0, 1)],
+    }
+    for field, value in fields.items():
+        for model in (packed, make_model()):
+            with pytest.raises(ValueError, match=rf"LoraConfig\.{field} is .* not for models with 1-bit weights"):
+                get_peft_model(model, LoraConfig(target_modules=[], **{field: value}))
 
 
 def test_a_model_with_adapters_is_not_fused(packed: PreTrainedModel) -> None:

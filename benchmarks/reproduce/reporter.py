@@ -27,7 +27,7 @@ def report(study: Study, results: Path) -> str:
     parts = [head]
     parts += [f"{len(failed)} runs ended with an error, as: {failed[0]}"] if failed else []
     if scores:
-        parts.append(table(study, scores))
+        parts.append(table(study, scores, collapsed(lines)))
         parts += [differences(study, scores)] if study.baseline else []
         parts += [needed(study, scores)] if study.needed else []
         parts += [dips(study, lines)] if study.dips else []
@@ -68,13 +68,19 @@ def collect(study: Study, results: Path) -> tuple[Lines, list[str]]:
     return lines, failed
 
 
-def table(study: Study, scores: Scores) -> str:
-    """Means and standard deviations, and of how many seeds where some have no score."""
+def collapsed(lines: Lines) -> dict[Place, int]:
+    """Of how many seeds the model says the same of everything."""
+    return {place: sum(bool(line.get("collapsed")) for line in runs.values()) for place, runs in lines.items()}
+
+
+def table(study: Study, scores: Scores, constant: Mapping[Place, int]) -> str:
+    """Means and standard deviations; of how many seeds, where some have no score; and how many have collapsed."""
     seeds = Counter(tuple(run.labels[axis] for axis in study.axes) for run in study.runs)
     cells = {}
     for place, values in scores.items():
         missing = f" ({len(values)} of {seeds[place]})" if len(values) < seeds[place] else ""
-        cells[place] = _cell(list(values.values())) + missing
+        fallen = f" ({constant[place]} collapsed)" if constant[place] else ""
+        cells[place] = _cell(list(values.values())) + missing + fallen
     return _grid(study, cells)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.reproduce.study import ROOT, Run, Study
+from hf_stompp.results import COLLAPSED
 
 RESULTS = ROOT / "benchmarks" / "results" / "reproduce"
 PLACES = ("dataset_dir",)
@@ -186,6 +187,7 @@ def _scores(folder: Path) -> dict[str, Any]:
         "metric": metric,
         "score": last[metric],
         "latent_score": results["rows"][0][metric],
+        "collapsed": last["model"].endswith(COLLAPSED),
         "bytes": last["bytes"],
         **_of_adapter(results),
         "train_seconds": results["train_seconds"],

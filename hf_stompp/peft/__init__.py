@@ -12,6 +12,5 @@ if not is_peft_available():
     raise ImportError("hf_stompp.peft is for adapters of PEFT; pip install peft, or hf_stompp[peft].")
 
 from hf_stompp.peft.base import train_base, without_adapters
-from hf_stompp.peft.registration import register
 
-__all__ = ["register", "train_base", "without_adapters"]
+__all__ = ["train_base", "without_adapters"]

@@ -12,11 +12,12 @@ from peft import PeftModel
 from hf_stompp.card import UNNAMED, template
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.patching import bits_of
-from hf_stompp.peft.base import BITS, adapter_weights
+from hf_stompp.peft.base import adapter_weights
 from hf_stompp.results import Scored, hub_id, markdown_table, training_sentence
 
 UNNAMED_BASE = "your-name/the-base-model"
 """Stands for the base in a card that is written before that is on the Hub; `push` puts the real id in its place."""
+MARK = "<!-- hf_stompp writes this card anew when the adapter is saved here again; without this line it stays. -->"
 
 
 def adapter_card(
@@ -52,7 +53,7 @@ def adapter_card(
 
         >>> adapter_card(model, base_model="user/bert-sst2-1bit").save("adapter/README.md")  # doctest: +SKIP
     """
-    quantization: Any = getattr(model.get_base_model().config, "quantization_config", None)
+    quantization = _quantization(model)
     if not isinstance(quantization, BinarizationConfig):
         raise ValueError("adapter_card takes an adapter on a 1-bit model, and this one's base is not binarized.")
     if adapter_name not in model.peft_config:
@@ -75,6 +76,7 @@ def adapter_card(
         template_path=str(template("adapter_template.md")),
         repo_id=repo_id,
         kind=kind,
+        mark=MARK,
         base_model=base_model or UNNAMED_BASE,
         model_class=type(model.get_base_model()).__name__,
         bits=f"W{1 if quantization.weights else 32}A{1 if quantization.activations else 32}",
@@ -94,11 +96,16 @@ def adapter_card(
 def write(stock: Callable[..., None], model: PeftModel, output_dir: str) -> None:
     """In the place of PEFT's own card, unless somebody has written one."""
     path = Path(output_dir) / "README.md"
-    base: Any = getattr(model.get_base_model(), "config", None)
-    if path.exists() or not isinstance(getattr(base, "quantization_config", None), BinarizationConfig):
+    ours = not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+    if not ours or not model.peft_config or not isinstance(_quantization(model), BinarizationConfig):
         stock(model, output_dir)
         return
     adapter_card(model, model.active_adapters[0]).save(path)
+
+
+def _quantization(model: PeftModel) -> Any:
+    base: Any = model.get_base_model()
+    return getattr(getattr(base, "config", None), "quantization_config", None)
 
 
 def _scores(rows: list[Mapping[str, Any]]) -> str:
@@ -113,7 +120,6 @@ def _settings(config: Any) -> dict[str, Any]:
     """Of an adapter's config, what is not PEFT's default, and no path."""
     default = type(config)()
     apart = (
-        BITS,
         "base_model_name_or_path",
         "auto_mapping",
         "inference_mode",
@@ -128,4 +134,5 @@ def _settings(config: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """As JSON has it; PEFT adds the names of heads again each time that it makes a model."""
-    return sorted(set(value)) if isinstance(value, (list, set)) else value
+    names = isinstance(value, list | set) and all(isinstance(each, str) for each in value)
+    return sorted(set(value)) if names else value

@@ -1,10 +1,10 @@
 """LoRA on 1-bit layers, and what PEFT can do that is not for them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import PeftConfig, PeftType
 from peft.tuners.lora import Conv2d
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
@@ -14,6 +14,7 @@ from hf_stompp.layers import (
     BinaryConv2d,
     BinaryEmbedding,
     BinaryInput,
+    BinaryInputConv2d,
     BinaryLayer,
     PackedConv2d,
     PackedEmbedding,
@@ -25,7 +26,7 @@ METHODS = (PeftType.LORA, PeftType.IA3)
 """Those that need no arithmetic with the weights that they adapt. (Prompts, which adapt none, are not asked for.)"""
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 """Of LoRA, those that do not look at the weight."""
-OF_WEIGHTS = ("use_dora", "use_qalora", "kasa_config", "target_parameters")
+OF_WEIGHTS = ("use_dora", "use_qalora", "kasa_config")
 """Fields of a `LoraConfig` that ask for arithmetic with it."""
 
 
@@ -48,16 +49,12 @@ def _as_float(adapted: LoraConv2d) -> Iterator[None]:
     names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
     shape = {name: getattr(one_bit, name) for name in names}
     shape |= {"bias": one_bit.bias is not None, "device": one_bit.weight.device}
+    shape |= {"dtype": one_bit.weight.dtype} if one_bit.weight.is_floating_point() else {}
     adapted.base_layer = nn.utils.skip_init(nn.Conv2d, **shape)
     try:
         yield
     finally:
         adapted.base_layer = one_bit
-
-
-def know_convolutions(config: LoraConfig) -> None:
-    """Has a LoRA find the class for 1-bit convolutions, without a word of the user's."""
-    config._register_custom_module(dict.fromkeys((BinaryConv2d, PackedConv2d), LoraConv2d))
 
 
 def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -66,9 +63,13 @@ def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: 
     Raises:
         ValueError: The adapter's config asks for it.
     """
-    config = tuner.peft_config[adapter_name]
-    _check_saved(model, getattr(config, "modules_to_save", None) or [])
-    targets = [name for name, layer in one_bit_layers(model).items() if _targets(tuner, config, name)]
+    config, layers = tuner.peft_config[adapter_name], one_bit_layers(model)
+    if not layers:
+        return
+    if config.peft_type == PeftType.LORA:  # PEFT would make the halves of the type of the layer
+        config._register_custom_module(dict.fromkeys((BinaryConv2d, PackedConv2d, BinaryInputConv2d), LoraConv2d))
+    _check_copies(model, layers, config)
+    targets = [name for name in layers if _targets(tuner, config, name)]
     if not targets:
         return
     where = f"{len(targets)} layers with 1-bit weights, {targets[0]!r} and so on"
@@ -92,19 +93,22 @@ def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: 
         )
 
 
-def _check_saved(model: nn.Module, modules_to_save: Sequence[str]) -> None:
-    """Refuses to train copies of modules that are bits, in whole or in part."""
-    packed = [
-        name for name, layer in one_bit_layers(model).items() if isinstance(layer, PackedLayer | PackedEmbedding)
-    ]
-    for asked in modules_to_save:
+def _check_copies(model: nn.Module, layers: dict[str, nn.Module], config: PeftConfig) -> None:
+    """Refuses to train copies, whole or in part, of modules that are bits or become bits."""
+    for asked in getattr(config, "modules_to_save", None) or []:
         for name, _ in model.named_modules():
-            inside = [each for each in packed if each == name or each.startswith(f"{name}.")]
+            inside = [each for each in layers if each == name or each.startswith(f"{name}.")]
             if name.endswith(asked) and inside:
                 raise ValueError(
-                    f"modules_to_save: received {asked!r}, which asks for a copy of {name!r} to be trained, and "
-                    f"{inside[0]!r} is packed: bits are not trained. Name norms and heads there, or use LoRA."
+                    f"modules_to_save: received {asked!r}, which asks for a copy of {name!r} to be trained, and in it "
+                    f"is {inside[0]!r}, which has 1-bit weights. Name norms and heads there, or use LoRA."
                 )
+    for field in ("target_parameters", "trainable_token_indices", "layer_replication"):
+        if value := getattr(config, field, None):
+            raise ValueError(
+                f"{type(config).__name__}.{field} is {value!r}, which is not for models with 1-bit weights, as "
+                f"{next(iter(layers))!r} has. Leave it out."
+            )
 
 
 def unfuse_base(tuner: BaseTuner, model: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -15,16 +15,14 @@ from safetensors.torch import load_file
 
 from hf_stompp.checkpoint import read_json
 from hf_stompp.patching import binary_layers
-from hf_stompp.peft.base import FOLDER
 from hf_stompp.peft.card import UNNAMED_BASE
+from hf_stompp.peft.records import BASE, CONFIG
 from hf_stompp.results import hub_id
 
-CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
+WEIGHTS, CARD = "adapter_model.safetensors", "README.md"
 
 
-def saved_adapter(
-    model: PeftModel | None, files: Mapping[str, Path], base_model: str | None, temporary: Path
-) -> tuple[Path, str]:
+def saved_adapter(model: Any, files: Mapping[str, Path], base_model: str | None, temporary: Path) -> tuple[Path, str]:
     """A copy of an adapter whose config names its base by a Hub id, and its card.
 
     Args:
@@ -42,18 +40,23 @@ def saved_adapter(
     """
     folder = temporary
     if model is not None:
-        _check_base_is_whole(bool(binary_layers(model)))
+        if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+            raise ValueError(
+                f"push takes a PeftModel with one active adapter, and this {type(model).__name__} has several, or has "
+                "them inside: choose one with set_adapter, or save them, and push the folder of one."
+            )
+        _check_base(bool(binary_layers(model)))
         name = model.active_adapters[0]
         model.save_pretrained(str(temporary), selected_adapters=[name])
         folder = temporary if name == "default" else temporary / name
         if folder != temporary:
             shutil.copy(temporary / CARD, folder / CARD)
     else:
-        _check_base_is_whole(any(name.startswith(f"{FOLDER}/") for name in files))
         for name, path in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
     config = read_json(folder, CONFIG)
+    _check_base(BASE in config)
     named = base_model or config.get("base_model_name_or_path")
     base = hub_id(named)
     if base is None:
@@ -66,10 +69,10 @@ def saved_adapter(
     return folder, _with_base(folder / CARD, base)
 
 
-def _check_base_is_whole(trained: bool) -> None:
-    if trained:
+def _check_base(latent: bool) -> None:
+    if latent:
         raise ValueError(
-            "The base of this adapter is latent, and is trained with it. Call pack(model), push the base, "
+            "The base of this adapter is latent. Call pack(model), push the base, "
             "hf_stompp.peft.without_adapters(packed), and then the adapter on it."
         )
 

@@ -59,11 +59,11 @@ def test_flags_override_the_file(recipe: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_recipe_parses(path: Path) -> None:
-    is_text = path.name.startswith(("demo", "sst2"))
+    is_text = path.name.startswith(("demo", "sst2", "cola_"))
     # Those for a GPU say bf16, which is refused where there is none.
     own, _, args = parse_recipe([str(path), "--use_cpu"], TYPES if is_text else IMAGE_TYPES)
     if is_text:
-        assert own.task_name in ("sst2", "synthetic")
+        assert own.task_name in ("sst2", "cola", "synthetic")
     else:
         run_image_classification.check(own, args)
         assert own.augmentation != "none" or own.model_type == "plain"
@@ -204,7 +204,7 @@ def test_machines_that_have_a_part_of_each_checkpoint_are_refused(tmp_path: Path
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_what_is_given_makes_the_same_recipe_again(path: Path, tmp_path: Path) -> None:
-    types = TYPES if path.name.startswith(("demo", "sst2")) else IMAGE_TYPES
+    types = TYPES if path.name.startswith(("demo", "sst2", "cola_")) else IMAGE_TYPES
     flags = [
         "--use_cpu",
         "--no_activations",
