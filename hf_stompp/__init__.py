@@ -20,7 +20,7 @@ from hf_stompp.resuming import last_checkpoint
 from hf_stompp.verification import Verification, verify
 
 register()
-if is_peft_available() and _parse(_version("peft")) >= _parse("0.18"):
+if is_peft_available() and _parse(_version("peft")) >= _parse("0.20"):
     from hf_stompp.peft import registration
 
     registration.register()
