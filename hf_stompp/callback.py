@@ -17,7 +17,7 @@ from hf_stompp.callers import calling_handler, calling_trainer
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import BinaryLayer, LatentLayer
-from hf_stompp.patching import binary_layers, frozen_fraction, keep_masks_home
+from hf_stompp.patching import TRAINS_BASE, binary_layers, frozen_fraction, is_packed, keep_masks_home
 from hf_stompp.probes import Probes
 from hf_stompp.report import TrainingLog, plot
 from hf_stompp.sampling import calibration_batches
@@ -323,6 +323,16 @@ def _show_in_tensorboard(state: TrainerState) -> None:
 def check_schedule(model: nn.Module, max_steps: int) -> None:
     """Refuses a model that is not binarized, or a schedule that cannot finish in `max_steps`."""
     layers = binary_layers(model)
+    if is_packed(model):
+        raise ValueError(
+            f"StomppCallback has nothing to schedule in this {type(model).__name__}, which is packed. To train an "
+            "adapter on it, leave the callback out; to train its bits on, take unpack(model)."
+        )
+    if hasattr(model, "peft_config") and not getattr(model, TRAINS_BASE, False):
+        raise ValueError(
+            f"StomppCallback changes the base of this {type(model).__name__}, which would be saved nowhere: call "
+            "hf_stompp.peft.train_base(model) before you make the Trainer."
+        )
     if not layers:
         raise ValueError(
             f"StomppCallback found no binarized layer in this {type(model).__name__}. Load the model with "

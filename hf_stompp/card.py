@@ -80,6 +80,7 @@ def model_card(
         `huggingface_hub.ModelCard`: `card.save("folder/README.md")` writes it.
 
     Raises:
+        TypeError: The model has adapters.
         ValueError: The model is not binarized; the results are of another config, task or kind of model; or there are
             results to compare with, and none to compare.
 
@@ -88,6 +89,8 @@ def model_card(
         >>> card = model_card("out/sst2/packed", results=json.load(open("out/sst2/results.json")))  # doctest: +SKIP
         >>> card.save("out/sst2/packed/README.md")  # doctest: +SKIP
     """
+    if hasattr(model_or_folder, "peft_config"):
+        raise TypeError("model_card is for whole models; hf_stompp.peft.card.adapter_card(model) is for adapters.")
     if isinstance(model_or_folder, PreTrainedModel):
         model, folder = model_or_folder, None
         check_kind(getattr(model.config, "quantization_config", None), type(model).__name__, latent=True)

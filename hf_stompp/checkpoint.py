@@ -158,6 +158,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """The JSON object in the file `name` of a saved model."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {str(folder)!r}; pass one that save_pretrained wrote.")
+    if not (folder / name).is_file() and (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is an adapter of PEFT, which has no {name}; this is for whole models, as its base is. An "
+            "adapter is loaded on that, saved with its card, and pushed with push(folder, ..., base_model=...)."
+        )
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} has no {name}: it is not a saved model, or an incomplete one.")
     try:

@@ -101,7 +101,9 @@ def _summary(arguments: argparse.Namespace) -> int:
     config = BinarizationConfig(**{name: getattr(arguments, name) for name in names})
     adapter = Path(arguments.model, "adapter_config.json")
     if adapter.is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        content = json.loads(adapter.read_text(encoding="utf-8"))
+        own = content.get("hf_stompp_base")
+        base = content.get("base_model_name_or_path") if own is None else os.path.normpath(adapter.parent / own)
         raise ValueError(
             f"{arguments.model} is an adapter. Look at its base, {base}; or at both: summary(model) in Python."
         )

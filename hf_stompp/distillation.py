@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, mse_loss, softmax
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer
+from transformers import AutoModelForSequenceClassification, Trainer
 
 CACHED = "teacher_logits"
 """The column of a training set that has what the teacher says of its rows: see [`with_teacher_logits`]."""
@@ -29,8 +29,8 @@ class DistillationTrainer(Trainer):
 
     Args:
         *args, **kwargs: Those of `Trainer`.
-        teacher (`PreTrainedModel` or `str`): Fine-tuned for the task, or its folder or Hub id; of the student's
-            vocabulary and labels, and, for hidden states, of its width.
+        teacher (`PreTrainedModel`, `PeftModel` or `str`): Fine-tuned for the task, or its folder or Hub id; of the
+            student's vocabulary, labels and `id2label`, and, for hidden states, of its width.
         temperature (`float`, *optional*, defaults to 1.0): T.
         logits_weight (`float`, *optional*, defaults to 1.0): \\(w_z\\).
         hidden_weight (`float`, *optional*, defaults to 0.0): \\(w_h\\). With another number of layers, the states that
@@ -55,7 +55,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        teacher: PreTrainedModel | str | os.PathLike[str],
+        teacher: Any,
         temperature: float = 1.0,
         logits_weight: float = 1.0,
         hidden_weight: float = 0.0,
@@ -71,8 +71,9 @@ class DistillationTrainer(Trainer):
                 )
         if temperature <= 0:
             raise ValueError(f"temperature: received {temperature}; allowed: above 0.")
-        if not isinstance(teacher, PreTrainedModel):
-            teacher = AutoModelForSequenceClassification.from_pretrained(teacher)
+        teacher = loaded_teacher(teacher)
+        if teacher is self.model:
+            raise ValueError("teacher: received the model itself, which would learn nothing. Load the teacher apart.")
         _check_teacher(teacher, self.model, hidden_weight > 0)
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.temperature, self.weights = temperature, weights
@@ -112,15 +113,32 @@ class DistillationTrainer(Trainer):
         return self.teacher(**asked, output_hidden_states=hidden)
 
 
+def loaded_teacher(teacher: Any) -> Any:
+    """The model, or what its folder or Hub id stands for.
+
+    Raises:
+        TypeError: It is neither.
+        OSError: There is none.
+    """
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if not isinstance(teacher, (str, os.PathLike)):
+        raise TypeError(f"teacher: received {type(teacher).__name__}; allowed: a model, its folder or its Hub id.")
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(teacher)
+    except OSError as error:
+        raise OSError(f"teacher: {str(teacher)!r} could not be loaded: {error}") from error
+
+
 def with_teacher_logits(
-    dataset: Any, teacher: PreTrainedModel, collate: Callable[[list[Any]], Mapping[str, Tensor]], batch_size: int = 64
+    dataset: Any, teacher: Any, collate: Callable[[list[Any]], Mapping[str, Tensor]], batch_size: int = 64
 ) -> Any:
     """The data with a column of what a teacher says of them, for [`DistillationTrainer`]; kept on disk by `datasets`,
     and found there again for the same data and the same teacher.
 
     Args:
         dataset (`datasets.Dataset`): Tokenized.
-        teacher (`PreTrainedModel`): On the device to compute on.
+        teacher (`PreTrainedModel` or `str`): On the device to compute on; or its folder or Hub id.
         collate (`Callable`): Makes a batch of rows, as `DataCollatorWithPadding(tokenizer)`.
         batch_size (`int`, *optional*, defaults to 64): Rows at a time.
 
@@ -128,6 +146,9 @@ def with_teacher_logits(
 
         >>> dataset = with_teacher_logits(dataset, teacher, DataCollatorWithPadding(tokenizer))  # doctest: +SKIP
     """
+    if not hasattr(dataset, "_fingerprint"):
+        raise TypeError(f"dataset: received a {type(dataset).__name__}; allowed: a datasets.Dataset.")
+    teacher = loaded_teacher(teacher)
     known = ("input_ids", "attention_mask", "token_type_ids")
     digest = hashlib.sha256(str(dataset._fingerprint).encode())
     for tensor in teacher.state_dict().values():
@@ -169,7 +190,7 @@ def hidden_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], mask: 
     return torch.stack(losses).mean()
 
 
-def _check_teacher(teacher: PreTrainedModel, student: Any, hidden: bool) -> None:
+def _check_teacher(teacher: Any, student: Any, hidden: bool) -> None:
     ours, theirs = student.config, teacher.config
     names = ["num_labels", "vocab_size", *(["hidden_size"] if hidden else [])]
     for name in names:

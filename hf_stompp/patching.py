@@ -51,6 +51,10 @@ def name_in_base(model: PreTrainedModel, name: str) -> str:
     return name if model.base_model is model else name.removeprefix(model.base_model_prefix + ".")
 
 
+TRAINS_BASE = "_hf_stompp_trains_base"
+"""Of a model with adapters: whether its base is its own, and is saved with them (see [`~peft.train_base`])."""
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether anything in a model is packed."""
     return bool(packed_layers(model) or packed_tables(model))
@@ -322,6 +326,11 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: The model is not packed, or batch norms were folded when it was.
     """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "unpack takes a model without adapters, which belong to its bits: unpack(hf_stompp.peft.without_adapters("
+            "model)), and train new ones."
+        )
     if not is_packed(model):
         raise ValueError(f"unpack takes a packed model, but this {type(model).__name__} has no packed layer.")
     config = copy.deepcopy(model.config.quantization_config)

@@ -11,7 +11,7 @@ from transformers.utils import cached_file, is_peft_available
 
 from hf_stompp import pack
 from hf_stompp.checkpoint import weight_bytes, whole_folder
-from hf_stompp.patching import binary_layers
+from hf_stompp.patching import binary_layers, is_packed
 from hf_stompp.results import result_row
 from recipe_flags import read_mapping
 
@@ -59,11 +59,19 @@ def add_adapter(model: PreTrainedModel, recipe: AdapterArguments, task_type: str
         settings = {"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": sorted(norms), **settings}
         kind = "LORA"
     config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    unknown = sorted(set(settings) - set(config_class.__dataclass_fields__))
+    fields = set(config_class.__dataclass_fields__)
+    if recipe.adapter == NORMS_AND_BIASES:
+        fields = {"bias", "modules_to_save", "target_modules"}
+    unknown = sorted(set(settings) - fields)
     if unknown:
-        allowed = ", ".join(sorted(config_class.__dataclass_fields__))
-        raise ValueError(f"adapter_config: {config_class.__name__} has no field {unknown[0]!r}; allowed: {allowed}.")
-    adapted = get_peft_model(model, config_class(task_type=task_type, **settings))
+        raise ValueError(
+            f"adapter_config: {recipe.adapter} has no field {unknown[0]!r}; allowed: {', '.join(sorted(fields))}. If "
+            "the YAML file sets it for another adapter, pass --adapter_config '{}'."
+        )
+    adapted: Any = get_peft_model(model, config_class(task_type=task_type, **settings))
+    source = Path(adapted.peft_config["default"].base_model_name_or_path or "")
+    if source.is_dir():  # as it will be found from everywhere here
+        adapted.peft_config["default"].base_model_name_or_path = str(source.resolve())
     return train_base(adapted) if binary_layers(adapted) else adapted
 
 
@@ -119,7 +127,7 @@ def save_apart(model: Any, tokenizer: Any, base_folder: Path, adapter_folder: Pa
     with whole_folder(base_folder) as draft:
         without_adapters(model).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
-    model.peft_config["default"].base_model_name_or_path = str(base_folder)
+    model.peft_config["default"].base_model_name_or_path = str(base_folder.resolve())
     with whole_folder(adapter_folder) as draft:
         model.save_pretrained(str(draft))
 
@@ -130,6 +138,8 @@ def write_card(trainer: Trainer, results: dict[str, Any], dataset: str | None, c
 
     model: Any = trainer.model
     facts = results["adapter"]
+    if not is_packed(model):  # PEFT's own is there
+        return
     adapter_card(model, results=results, dataset=dataset, command=command).save(Path(facts["folder"]) / "README.md")
     print(
         f"The adapter, of {facts['bytes']:,} bytes, is in {facts['folder']} with its card; its base: {facts['base']}."

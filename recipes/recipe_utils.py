@@ -218,10 +218,12 @@ def take_up(trainer: Trainer, checkpoint: str) -> None:
 def _refuse_finished(output_dir: str, checkpoint: str) -> None:
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
     if state.global_step >= state.max_steps:
+        whole = (Path(output_dir) / "config.json").is_file()  # not an adapter alone
+        again = f" To score it again: --model_name_or_path {output_dir} --do_train False." if whole else ""
         raise ValueError(
             f"output_dir: {output_dir!r} holds a run that was finished at step {state.global_step}. To start anew: "
             "another --output_dir, or --resume_from_checkpoint False. To train on: --resume_from_checkpoint True "
-            f"and a larger --max_steps. To score it again: --model_name_or_path {output_dir} --do_train False."
+            f"and a larger --max_steps.{again}"
         )
 
 

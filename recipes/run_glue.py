@@ -40,6 +40,7 @@ from adapters import AdapterArguments, add_adapter, score_adapter, write_card
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
 from hf_stompp.distillation import DistillationTrainer, with_teacher_logits
+from hf_stompp.patching import binary_layers, is_packed
 from hf_stompp.scoring import decide
 from recipe_flags import parse_recipe
 from recipe_utils import (
@@ -155,6 +156,21 @@ def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
 def make_model(prepared: Prepared, recipe: RecipeArguments, config: BinarizationConfig) -> Any:
     """What is trained: the pretrained model, binarized with `--binarize`, with an adapter with `--adapter`."""
     model = load_model(prepared.source, prepared.task, recipe, config if recipe.binarize else None)
+    if recipe.binarize and is_packed(model):
+        raise ValueError(
+            f"binarize: {prepared.source} is packed. Drop the flag to train an adapter on it (--adapter); to train "
+            "its bits on, save hf_stompp.unpack(model), and take that."
+        )
+    if is_packed(model) and not recipe.adapter:
+        raise ValueError(
+            f"model_name_or_path: {prepared.source} is packed, and bits are not trained. Train an adapter on it, with "
+            "--adapter lora, or save hf_stompp.unpack(model), and take that."
+        )
+    if recipe.adapter and not recipe.binarize and binary_layers(model):
+        raise ValueError(
+            f"model_name_or_path: {prepared.source} is latent. Take its packed folder to train an adapter on bits, or "
+            "pass --binarize to train both."
+        )
     return add_adapter(model, recipe, "SEQ_CLS") if recipe.adapter else model
 
 
@@ -200,6 +216,11 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
         raise ValueError(
             f"model_name_or_path: received None; {recipe.task_name} needs a Hub id or a folder of a pretrained model, "
             "as in --model_name_or_path google-bert/bert-base-uncased. Only synthetic makes its own."
+        )
+    if recipe.teacher is None and (recipe.hidden_weight, recipe.labels_weight) != (0, 0):
+        raise ValueError(
+            f"hidden_weight, labels_weight: received {recipe.hidden_weight} and {recipe.labels_weight} without a "
+            "teacher. Pass --teacher, or drop them."
         )
     if recipe.cache_teacher and (recipe.teacher is None or recipe.hidden_weight > 0):
         raise ValueError(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, Trainer, TrainerCallback
+from transformers.utils import logging
 
-from hf_stompp import BinarizationConfig, StomppCallback, binarize, pack, summary
+from hf_stompp import BinarizationConfig, StomppCallback, binarize, model_card, pack, summary, unpack
 from hf_stompp.patching import binary_layers, bits_of, packed_layers
 
 peft = pytest.importorskip("peft")
@@ -326,6 +327,54 @@ def test_dequantized_convolutions_take_adapters(
         with torch.no_grad():
             found.append(adapted(base, **config)(tiny_images(base)).logits)
     assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_would_be_saved_nowhere_is_not_trained(
+    make_model: Callable[..., PreTrainedModel], make_trainer: Callable[..., Trainer], packed_folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"saved nowhere: call hf_stompp\.peft\.train_base\(model\)"):
+        make_trainer(get_peft_model(make_model(), LoraConfig(**CONFIG)), callback=StomppCallback()).train()
+    packed = get_peft_model(Auto.from_pretrained(packed_folder), LoraConfig(**CONFIG))
+    with pytest.raises(ValueError, match="which is packed. To train an adapter on it, leave the callback out"):
+        make_trainer(packed, callback=StomppCallback()).train()
+    with pytest.raises(ValueError, match="this one has no adapter"):
+        train_base(make_model())
+    with pytest.raises(ValueError, match="unpack takes a model without adapters"):
+        unpack(packed)
+
+
+def test_biases_of_the_base_are_trained_by_one_adapter_alone(packed_folder: Path, tmp_path: Path) -> None:
+    biases = {"target_modules": "dummy-target-modules", "bias": "all", "modules_to_save": ["LayerNorm"]}
+    adapted(Auto.from_pretrained(packed_folder), **biases).save_pretrained(tmp_path / "biases")
+    adapted(Auto.from_pretrained(packed_folder)).save_pretrained(tmp_path / "lora")
+    for first, second in (("biases", "lora"), ("lora", "biases")):
+        model = PeftModel.from_pretrained(Auto.from_pretrained(packed_folder), tmp_path / first)
+        with pytest.raises(ValueError, match="has bias='all': it changes the biases of the base itself"):
+            model.load_adapter(tmp_path / second, "second")
+        assert list(model.peft_config) == ["default"]
+    assert "norms and biases" in str(
+        summary(PeftModel.from_pretrained(Auto.from_pretrained(packed_folder), tmp_path / "biases"))
+    )
+
+
+def test_what_cannot_be_loaded_is_named(packed_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = Auto.from_pretrained(packed_folder)
+    base.name_or_path = ""
+    model = adapted(base)
+    logging.enable_propagation()
+    model.save_pretrained(tmp_path)
+    assert "adapter_config.json names no base" in caplog.text
+    other = get_peft_model(Auto.from_pretrained(packed_folder), LoraConfig(**CONFIG | {"r": 3}))
+    with pytest.raises(ValueError, match=r"has the rank 2, and the model's has 3. Resume with the settings"):
+        other.load_adapter(tmp_path, "default")
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=rf"The adapter in {tmp_path} is truncated or corrupted"):
+        PeftModel.from_pretrained(Auto.from_pretrained(packed_folder), tmp_path)
+    with pytest.raises(FileNotFoundError, match="is an adapter of PEFT, which has no config.json"):
+        model_card(tmp_path)
+    with pytest.raises(TypeError, match="adapter_card"):
+        model_card(model)
 
 
 def test_the_model_inside_is_not_packed_under_its_adapters(make_model: Callable[..., PreTrainedModel]) -> None:

@@ -4,17 +4,15 @@ import copy
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_stompp.layers import BinaryLayer
-from hf_stompp.patching import binary_layers
-
-TRAINS_BASE = "_hf_stompp_trains_base"
-"""Of a model with adapters: whether its base is its own, and is saved with them."""
+from hf_stompp.patching import TRAINS_BASE, binary_layers
 
 
 def without_adapters(model: nn.Module) -> PreTrainedModel:
@@ -61,7 +59,7 @@ def train_base(model: PeftModel) -> PeftModel:
         `PeftModel`: The same object.
 
     Raises:
-        ValueError: The base has no latent layers.
+        ValueError: The base has no latent layers, or there is no adapter.
 
     Example:
 
@@ -69,10 +67,11 @@ def train_base(model: PeftModel) -> PeftModel:
         >>> model = train_base(model)  # doctest: +SKIP
     """
     layers = binary_layers(model)
-    if not layers:
+    if not layers or not hasattr(model, "peft_config"):
+        lacks = "no adapter" if layers else "no latent layer"
         raise ValueError(
-            "train_base takes an adapter on a model that binarize() has made, and this one has no latent layer. Call "
-            "binarize(model, config) before get_peft_model."
+            f"train_base takes an adapter on a model that binarize() has made, and this one has {lacks}. Call "
+            "binarize(model, config), then get_peft_model, then this."
         )
     replaced = [module.original_module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     left = {id(parameter) for module in replaced for parameter in module.parameters()}
@@ -85,6 +84,12 @@ def train_base(model: PeftModel) -> PeftModel:
         parameter.requires_grad_(parameter.requires_grad or id(parameter) not in left)
     setattr(model, TRAINS_BASE, True)
     return model
+
+
+def kind_of(config: PeftConfig) -> str:
+    """PEFT's name of the method, but for a LoRA of no layer, which is there for what it trains besides."""
+    nothing = getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES
+    return "norms and biases" if nothing else str(config.peft_type.value)
 
 
 def adapter_weights(model: PeftModel, name: str) -> dict[str, Tensor]:

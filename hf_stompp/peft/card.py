@@ -12,7 +12,7 @@ from peft import PeftModel
 from hf_stompp.card import UNNAMED, template
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.patching import bits_of
-from hf_stompp.peft.base import adapter_weights
+from hf_stompp.peft.base import adapter_weights, kind_of
 from hf_stompp.results import Scored, hub_id, markdown_table, training_sentence
 
 UNNAMED_BASE = "your-name/the-base-model"
@@ -61,10 +61,15 @@ def adapter_card(
     config = model.peft_config[adapter_name]
     base_model = base_model or hub_id(config.base_model_name_or_path)
     weights = adapter_weights(model, adapter_name).values()
-    kind = config.peft_type.value
+    kind = kind_of(config)
     recipe = (results or {}).get("recipe", {})
     task = recipe.get("task_name")
-    tags = ["1-bit", "hf_stompp", kind.lower(), *([f"base_model:adapter:{base_model}"] if base_model else [])]
+    tags = [
+        "1-bit",
+        "hf_stompp",
+        config.peft_type.value.lower(),
+        *([f"base_model:adapter:{base_model}"] if base_model else []),
+    ]
     return ModelCard.from_template(
         ModelCardData(
             base_model=base_model,

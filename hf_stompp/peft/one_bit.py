@@ -24,8 +24,8 @@ from hf_stompp.layers import (
 _LAYERS = (BinaryLayer, PackedLayer, BinaryInput, BinaryEmbedding, PackedEmbedding)
 METHODS = (PeftType.LORA, PeftType.IA3)
 """Those that need no arithmetic with the weights that they adapt. (Prompts, which adapt none, are not asked for.)"""
-INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
-"""Of LoRA, those that do not look at the weight."""
+INITIALISATIONS = (True, False, "gaussian", "eva")
+"""Of LoRA, those that do not look at the weight, nor at its dtype."""
 OF_WEIGHTS = ("use_dora", "use_qalora", "kasa_config")
 """Fields of a `LoraConfig` that ask for arithmetic with it."""
 
@@ -69,6 +69,12 @@ def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: 
     if config.peft_type == PeftType.LORA:  # PEFT would make the halves of the type of the layer
         config._register_custom_module(dict.fromkeys((BinaryConv2d, PackedConv2d, BinaryInputConv2d), LoraConv2d))
     _check_copies(model, layers, config)
+    biased = [name for name, each in tuner.peft_config.items() if getattr(each, "bias", "none") != "none"]
+    if biased and len(tuner.peft_config) > 1:
+        raise ValueError(
+            f"The adapter {biased[0]!r} has bias={tuner.peft_config[biased[0]].bias!r}: it changes the biases of the "
+            "base itself, under all others. Load it on a base of its own."
+        )
     targets = [name for name in layers if _targets(tuner, config, name)]
     if not targets:
         return

@@ -10,14 +10,17 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from hf_stompp.checkpoint import weight_files, whole_folder
-from hf_stompp.patching import binary_layers, bits_of, packed_layers
-from hf_stompp.peft.base import TRAINS_BASE, without_adapters
+from hf_stompp.patching import TRAINS_BASE, binary_layers, bits_of, packed_layers
+from hf_stompp.peft.base import without_adapters
 from hf_stompp.sharding import is_sharded
+
+logger = logging.get_logger(__name__)
 
 CONFIG = "adapter_config.json"
 BITS = "hf_stompp_base_bits"
@@ -50,7 +53,13 @@ def save_and_record(save: Callable[..., Any], model: Any, *args: Any, **kwargs: 
         path = (folder / name if inside else folder) / CONFIG
         if path.is_file():
             record = {BASE: f"../{FOLDER}" if inside else FOLDER} if own else {BITS: bits}
-            _write(path, json.loads(path.read_text(encoding="utf-8")) | record)
+            content = json.loads(path.read_text(encoding="utf-8")) | record
+            _write(path, content)
+            if not own and not content["base_model_name_or_path"]:
+                logger.warning(
+                    f"{path} names no base, so that Auto classes cannot load it: save the base, set "
+                    f"model.peft_config[{name!r}].base_model_name_or_path to its folder or Hub id, and save again."
+                )
 
 
 def _save_base(model: Any, folder: Path) -> None:
@@ -104,7 +113,13 @@ def load_checked_inside(load: Callable[..., Any], model: Any, *args: Any, **kwar
 
 def _load(load: Callable[[], Any], model: Any, record: "Record", adapter_name: str | None) -> Any:
     base = record.base_for(model, adapter_name)
-    result = load()
+    record.check_alike(getattr(model, "peft_config", {}).get(adapter_name))
+    try:
+        result = load()
+    except SafetensorError as error:
+        raise ValueError(
+            f"The adapter in {record.folder} is truncated or corrupted: {error}. Save it again."
+        ) from error
     if base is not None:
         without_adapters(model).load_state_dict(base, strict=False)
         for layer in binary_layers(model).values():  # those that were loaded are others, around the same tensors
@@ -117,11 +132,16 @@ class Record(NamedTuple):
     """What an `adapter_config.json` says of its base.
 
     Attributes:
+        folder (`Path`, *optional*): Where the adapter is.
+        kind, rank (*optional*): Its method, and how many dimensions it has.
         name (`str`, *optional*): What the base was loaded by.
         bits (`str`, *optional*): SHA-256 of its bits.
         base (`Path`, *optional*): Where it is, if it was trained with the adapter.
     """
 
+    folder: Path | None = None
+    kind: str | None = None
+    rank: int | None = None
     name: str | None = None
     bits: str | None = None
     base: Path | None = None
@@ -136,8 +156,27 @@ class Record(NamedTuple):
             content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return cls()
-        name, bits, base = (content.get(key) for key in ("base_model_name_or_path", BITS, BASE))
-        return cls(name, bits, None if base is None else Path(str(file)).parent / base)
+        folder, base = Path(str(file)).parent, content.get(BASE)
+        kind, rank, name, bits = (content.get(key) for key in ("peft_type", "r", "base_model_name_or_path", BITS))
+        return cls(folder, kind, rank, name, bits, None if base is None else folder / base)
+
+    def check_alike(self, config: Any) -> None:
+        """Refuses to load it in the place of an adapter of another kind or rank, as where a run is resumed.
+
+        Raises:
+            ValueError: It is of another.
+        """
+        if config is None or (self.bits is None and self.base is None):
+            return
+        for what, here, there in (
+            ("method", str(config.peft_type.value), self.kind),
+            ("rank", getattr(config, "r", None), self.rank),
+        ):
+            if here != there:
+                raise ValueError(
+                    f"The adapter in {self.folder} has the {what} {there}, and the model's has {here}. Resume with "
+                    "the settings of the checkpoint, or start anew in another output_dir."
+                )
 
     def base_for(self, model: Any, adapter_name: str | None = None) -> dict[str, Tensor] | None:
         """The weights of the base that belong into this model, if the adapter was trained with it.

@@ -150,7 +150,7 @@ def summary(model: Any, config: BinarizationConfig | None = None) -> Summary:
 
 
 def _with_adapters(model: Any, config: BinarizationConfig | None) -> Summary:
-    from hf_stompp.peft.base import adapter_weights, without_adapters  # who has adapters has PEFT
+    from hf_stompp.peft.base import adapter_weights, kind_of, without_adapters  # who has adapters has PEFT
 
     base = summary(without_adapters(model), config)
     rows = list(base.rows)
@@ -158,7 +158,7 @@ def _with_adapters(model: Any, config: BinarizationConfig | None) -> Summary:
         weights = adapter_weights(model, name).values()
         count, size = sum(tensor.numel() for tensor in weights), sum(tensor.nbytes for tensor in weights)
         bits = 8 * max((tensor.element_size() for tensor in weights), default=4)
-        role = f"adapter ({adapter.peft_type.value})"
+        role = f"adapter ({kind_of(adapter)})"
         rows.append(LayerSummary(name, role, None, bits, 32, "", None, count, 4 * count, size, "beside the bits"))
     return Summary(base.model, tuple(rows), base.frozen_fraction)
 

@@ -199,12 +199,51 @@ def test_wrong_settings_of_an_adapter_are_named(
 ) -> None:
     pytest.importorskip("peft")
     flags = ["--model_name_or_path", packed_bert, "--adapter", "lora", "--adapter_config"]
-    with pytest.raises(ValueError, match="adapter_config: LoraConfig has no field 'rank'; allowed: .*, r,"):
+    with pytest.raises(ValueError, match="adapter_config: lora has no field 'rank'; allowed: .*, r,"):
         run("sst2", sst2_folder, *flags, '{"rank": 4}')
     with pytest.raises(ValueError, match="adapter_config: received 'r=4'; allowed: a JSON object"):
         run("sst2", sst2_folder, *flags, "r=4")
     with pytest.raises(ValueError, match=r"LoraConfig.use_dora is True"):
         run("sst2", sst2_folder, *flags, '{"use_dora": true}')
+    norms = [*flags[:2], "--adapter", "norms_and_biases", "--adapter_config", '{"r": 4}']
+    with pytest.raises(ValueError, match=r"norms_and_biases has no field 'r'; .*pass --adapter_config '{}'"):
+        run("sst2", sst2_folder, *norms)
+    with pytest.raises(ValueError, match="is packed. Drop the flag to train an adapter on it"):
+        run("sst2", sst2_folder, *flags[:4], *BINARY)
+    with pytest.raises(ValueError, match="is packed, and bits are not trained. Train an adapter"):
+        run("sst2", sst2_folder, *flags[:2])
+    with pytest.raises(ValueError, match="is latent. Take its packed folder"):
+        run("sst2", sst2_folder, "--model_name_or_path", str(Path(packed_bert).parent), *flags[2:4])
+    with pytest.raises(ValueError, match="received 1.0 and 0.0 without a teacher"):
+        run("sst2", sst2_folder, "--hidden_weight", "1")
+
+
+def test_an_adapter_on_full_precision(
+    run: Callable[..., dict[str, Any]], sst2_folder: Path, tiny_bert: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    results = run("sst2", sst2_folder, "--adapter", "lora")
+    assert len(results["rows"]) == 2
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(Path(tiny_bert).resolve())
+    with pytest.raises(ValueError, match="holds a run that was finished at step 4") as refused:
+        run("sst2", sst2_folder, "--adapter", "lora", "--save_strategy", "steps", "--save_steps", "4", output="again")
+        run("sst2", sst2_folder, "--adapter", "lora", "--save_strategy", "steps", "--save_steps", "4", output="again")
+    assert "score it again" not in str(refused.value)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_student_of_a_teacher(
+    cached: bool, run: Callable[..., dict[str, Any]], sst2_folder: Path, tmp_path: Path
+) -> None:
+    run("sst2", sst2_folder, output="teacher")
+    flags = ["--teacher", str(tmp_path / "teacher"), *(["--cache_teacher"] if cached else ["--hidden_weight", "1"])]
+    results = run("sst2", sst2_folder, *BINARY, *flags)
+    assert [row["model"].removesuffix(COLLAPSED) for row in results["rows"]] == ["latent fp32", "packed, reloaded"]
+    assert results["recipe"]["teacher"] == str(tmp_path / "teacher")
+    if cached:
+        with pytest.raises(ValueError, match="cache_teacher: received True with .*hidden_weight=1.0"):
+            run("sst2", sst2_folder, *BINARY, *flags, "--hidden_weight", "1")
 
 
 def test_synthetic_demo_ends_with_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
