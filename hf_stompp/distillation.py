@@ -43,7 +43,7 @@ class DistillationTrainer(Trainer):
 
     Example:
 
-        >>> callbacks = [StomppCallback()]
+        >>> callbacks = [StomppCallback()]  # doctest: +SKIP
         >>> trainer = DistillationTrainer(model, args, callbacks=callbacks, teacher="bert-sst2")  # doctest: +SKIP
 
     Source: Hinton et al., 2015 (logits); Jiao et al., TinyBERT, 2020 (hidden states).
