@@ -174,6 +174,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return content
 
 
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes `content` in one step: a reader, or a crash, never sees half a file."""
+    path = Path(path)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a saved model, all there, with whole headers, and with the tensors that their index lists.
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_stompp.card import UNNAMED, model_card
-from hf_stompp.checkpoint import load_complete, model_class, weight_bytes, whole_folder
+from hf_stompp.checkpoint import load_complete, model_class, read_json, weight_bytes, whole_folder
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
 from hf_stompp.hub import push
 from hf_stompp.patching import pack
@@ -101,7 +101,7 @@ def _summary(arguments: argparse.Namespace) -> int:
     config = BinarizationConfig(**{name: getattr(arguments, name) for name in names})
     adapter = Path(arguments.model, "adapter_config.json")
     if adapter.is_file():
-        content = json.loads(adapter.read_text(encoding="utf-8"))
+        content = read_json(adapter.parent, adapter.name)
         own = content.get("hf_stompp_base")
         base = content.get("base_model_name_or_path") if own is None else os.path.normpath(adapter.parent / own)
         raise ValueError(

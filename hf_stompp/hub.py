@@ -113,14 +113,19 @@ def push(
         message = commit_message or "Upload a 1-bit model with hf_stompp"
         publication = _Publication(HfApi(token=token, library_name="hf_stompp"), repo_id, revision, create_pr, private)
         try:
-            if base is not None and not _again(lambda: publication.api.repo_exists(base)):
-                raise FileNotFoundError(
-                    f"base_model: the Hub has no {base!r}, or not for you, so that nobody could load the adapter; "
-                    "nothing was uploaded. Push the base first, or pass the id that it has."
-                )
+            if base is not None:
+                _check_base(publication.api, base)
             return publication.commit(files, text, message, lambda there: card is None and _stays(there, folder))
         except (HTTPError, json.JSONDecodeError) as error:
             raise _explained(error, publication) from error
+
+
+def _check_base(api: HfApi, base: str) -> None:
+    if not _again(lambda: api.repo_exists(base)):
+        raise FileNotFoundError(
+            f"base_model: the Hub has no {base!r}, or not for you, so that nobody could load the adapter; nothing was "
+            "uploaded. Push the base first, or pass the id that it has."
+        )
 
 
 def _saved(model_or_folder: Any, tokenizer: Any, temporary: Path, latent: bool) -> tuple[Path, PreTrainedModel]:

@@ -69,9 +69,10 @@ def add_adapter(model: PreTrainedModel, recipe: AdapterArguments, task_type: str
             "the YAML file sets it for another adapter, pass --adapter_config '{}'."
         )
     adapted: Any = get_peft_model(model, config_class(task_type=task_type, **settings))
-    source = Path(adapted.peft_config["default"].base_model_name_or_path or "")
-    if source.is_dir():  # as it will be found from everywhere here
-        adapted.peft_config["default"].base_model_name_or_path = str(source.resolve())
+    peft_config = adapted.peft_config["default"]
+    source = peft_config.base_model_name_or_path
+    if source and Path(source).is_dir():  # as it will be found from everywhere here
+        peft_config.base_model_name_or_path = str(Path(source).resolve())
     return train_base(adapted) if binary_layers(adapted) else adapted
 
 

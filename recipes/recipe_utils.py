@@ -1,8 +1,6 @@
 """What the recipes share: train, pack and reload, the result table and file."""
 
-import json
 import math
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from transformers import EvalPrediction, Trainer, TrainerState, TrainingArgument
 from transformers.utils import logging
 
 from hf_stompp import BinarizationConfig, last_checkpoint, model_card, pack
-from hf_stompp.checkpoint import whole_folder
+from hf_stompp.checkpoint import whole_folder, write_json
 from hf_stompp.results import result_row, training_facts
 from hf_stompp.scoring import decide
 
@@ -317,11 +315,3 @@ def publishable(command: Sequence[str]) -> str:
         masked = f"path/to/{Path(value).name}" if Path(value).is_absolute() else value
         words.append(f"{name}={masked}" if equals else word if word.startswith("--") else masked)
     return shlex.join(["python", *words])
-
-
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` in one step: a reader, or a crash, never sees half a file."""
-    path = Path(path)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)

@@ -23,9 +23,10 @@ import yaml
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_stompp import BinarizationConfig
+from hf_stompp.checkpoint import write_json
 from hf_stompp.patching import binary_layers
 from recipe_flags import given_flags, parse_recipe
-from recipe_utils import format_table, scale_losses, steps_of, write_json
+from recipe_utils import format_table, scale_losses, steps_of
 from run_glue import RecipeArguments, check, make_model, make_trainer, prepare
 
 try:

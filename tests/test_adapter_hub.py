@@ -39,6 +39,14 @@ def adapter_folder(packed_folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+def begin(packed_folder: Path) -> str:
+    """Code that publishes the base."""
+    return (
+        "import hf_stompp\nfrom peft import PeftModel\nfrom transformers import AutoModelForSequenceClassification\n"
+        f"hf_stompp.push({str(packed_folder)!r}, {BASE!r})\n"
+    )
+
+
 def test_pushed_and_pulled_by_fresh_processes(
     hub: LoopbackHub, run: Run, packed_folder: Path, adapter_folder: Path, tmp_path: Path
 ) -> None:
@@ -83,11 +91,7 @@ def test_pulled_onto_another_base_it_is_refused_and_both_are_named(
     hub: LoopbackHub, run: Run, packed_folder: Path, adapter_folder: Path
 ) -> None:
     answer = run(
-        "import hf_stompp\n"
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForSequenceClassification\n"
-        "from hf_stompp.patching import packed_layers\n"
-        f"hf_stompp.push({str(packed_folder)!r}, {BASE!r})\n"
+        begin(packed_folder) + "from hf_stompp.patching import packed_layers\n"
         f"hf_stompp.push({str(adapter_folder)!r}, {ADAPTER!r}, base_model={BASE!r})\n"
         f"model = AutoModelForSequenceClassification.from_pretrained({BASE!r})\n"
         "next(iter(packed_layers(model).values())).weight.data[0, 0] ^= 1\n"
@@ -102,11 +106,7 @@ def test_the_active_adapter_of_a_model_in_memory_is_pushed(
     hub: LoopbackHub, run: Run, packed_folder: Path, adapter_folder: Path
 ) -> None:
     answer = run(
-        "import hf_stompp\n"
-        "from peft import PeftModel\n"
-        "from transformers import AutoModelForSequenceClassification\n"
-        f"hf_stompp.push({str(packed_folder)!r}, {BASE!r})\n"
-        f"base = AutoModelForSequenceClassification.from_pretrained({BASE!r})\n"
+        begin(packed_folder) + f"base = AutoModelForSequenceClassification.from_pretrained({BASE!r})\n"
         f"model = PeftModel.from_pretrained(base, {str(adapter_folder)!r}, adapter_name='food')\n"
         "model.peft_config['food'].base_model_name_or_path = model.get_base_model().name_or_path\n"
         f"hf_stompp.push(model, {ADAPTER!r})\n"

@@ -187,7 +187,12 @@ def test_what_cannot_be_taught_is_refused(case: str, make: Make) -> None:
 
 
 def test_a_wider_teacher_has_logits_all_the_same(make: Make) -> None:
-    make(bert(), bert(hidden_size=32)).train()
+    student, before = bert(), bert().state_dict()
+    trainer = make(student, bert(hidden_size=32))
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert len(losses) == 16 and all(0 < loss < 100 for loss in losses)
+    assert not torch.equal(student.classifier.weight, before["classifier.weight"])
 
 
 def test_the_teacher_is_loaded_by_its_folder(make: Make, tmp_path: Path) -> None:

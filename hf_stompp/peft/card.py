@@ -32,7 +32,7 @@ def adapter_card(
 ) -> ModelCard:
     """Writes the card of an adapter on a 1-bit model.
 
-    `model.save_pretrained` and `push_to_hub` write it too, with what the model alone knows.
+    `model.save_pretrained` writes it too, with what the model alone knows.
 
     Args:
         model (`PeftModel`): On a packed or latent model.

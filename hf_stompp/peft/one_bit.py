@@ -68,6 +68,7 @@ def check_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: 
         return
     if config.peft_type == PeftType.LORA:  # PEFT would make the halves of the type of the layer
         config._register_custom_module(dict.fromkeys((BinaryConv2d, PackedConv2d, BinaryInputConv2d), LoraConv2d))
+    _check_fields(config, next(iter(layers)))
     _check_copies(model, layers, config)
     biased = [name for name, each in tuner.peft_config.items() if getattr(each, "bias", "none") != "none"]
     if biased and len(tuner.peft_config) > 1:
@@ -109,11 +110,15 @@ def _check_copies(model: nn.Module, layers: dict[str, nn.Module], config: PeftCo
                     f"modules_to_save: received {asked!r}, which asks for a copy of {name!r} to be trained, and in it "
                     f"is {inside[0]!r}, which has 1-bit weights. Name norms and heads there, or use LoRA."
                 )
+
+
+def _check_fields(config: PeftConfig, layer: str) -> None:
+    """Refuses fields that look at layers in other ways than PEFT's own for them."""
     for field in ("target_parameters", "trainable_token_indices", "layer_replication"):
         if value := getattr(config, field, None):
             raise ValueError(
                 f"{type(config).__name__}.{field} is {value!r}, which is not for models with 1-bit weights, as "
-                f"{next(iter(layers))!r} has. Leave it out."
+                f"{layer!r} has. Leave it out."
             )
 
 

@@ -1,6 +1,5 @@
 """An adapter on its way to the Hub: what `push` publishes of it."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_stompp.checkpoint import read_json
+from hf_stompp.checkpoint import read_json, write_json
 from hf_stompp.patching import binary_layers
 from hf_stompp.peft.card import UNNAMED_BASE
 from hf_stompp.peft.records import BASE, CONFIG
@@ -65,7 +64,7 @@ def saved_adapter(model: Any, files: Mapping[str, Path], base_model: str | None,
             'it. Push the base first, push(base, "user/base"), and pass base_model="user/base".'
         )
     _check_weights(folder)
-    (folder / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": base}, indent=2), encoding="utf-8")
+    write_json(folder / CONFIG, config | {"base_model_name_or_path": base})
     return folder, _with_base(folder / CARD, base)
 
 

@@ -1,7 +1,6 @@
 """What an adapter belongs to: recorded in its `adapter_config.json`, and asked for when it is loaded."""
 
 import inspect
-import json
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file, logging
 
-from hf_stompp.checkpoint import weight_files, whole_folder
+from hf_stompp.checkpoint import read_json, weight_files, whole_folder, write_json
 from hf_stompp.patching import TRAINS_BASE, binary_layers, bits_of, packed_layers
 from hf_stompp.peft.base import without_adapters
 from hf_stompp.sharding import is_sharded
@@ -53,8 +52,8 @@ def save_and_record(save: Callable[..., Any], model: Any, *args: Any, **kwargs: 
         path = (folder / name if inside else folder) / CONFIG
         if path.is_file():
             record = {BASE: f"../{FOLDER}" if inside else FOLDER} if own else {BITS: bits}
-            content = json.loads(path.read_text(encoding="utf-8")) | record
-            _write(path, content)
+            content = read_json(path.parent, CONFIG) | record
+            write_json(path, content)
             if not own and not content["base_model_name_or_path"]:
                 logger.warning(
                     f"{path} names no base, so that Auto classes cannot load it: save the base, set "
@@ -71,12 +70,6 @@ def _save_base(model: Any, folder: Path) -> None:
         raise ValueError("A base that FSDP has sharded cannot be saved beside its adapter: train both with DDP.")
     with whole_folder(folder) as draft:
         without_adapters(model).save_pretrained(draft)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")
-    os.replace(draft, path)
 
 
 def without_records(read: Callable[..., dict[str, Any]], cls: type, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -153,7 +146,7 @@ class Record(NamedTuple):
         given = {name: options[name] for name in known if options.get(name) is not None}
         try:
             file = cached_file(str(model_id), CONFIG, **given)
-            content = json.loads(Path(str(file)).read_text(encoding="utf-8"))
+            content = read_json(Path(str(file)).parent, CONFIG)
         except (OSError, ValueError):
             return cls()
         folder, base = Path(str(file)).parent, content.get(BASE)

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 import run_image_classification
 from hf_stompp import BinarizationConfig
+from hf_stompp.checkpoint import write_json
 from hf_stompp.results import result_row
 from recipe_flags import given_flags, parse_recipe, read_mapping
 from recipe_utils import (
@@ -24,7 +25,6 @@ from recipe_utils import (
     format_table,
     is_finished,
     steps_of,
-    write_json,
 )
 from run_glue import RecipeArguments
 
