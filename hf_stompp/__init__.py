@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from packaging.version import parse as _parse
 from transformers.utils import is_peft_available
 
+from hf_stompp import attention
 from hf_stompp.calibration import calibrate
 from hf_stompp.callback import StomppCallback
 from hf_stompp.config import BinarizationConfig
@@ -20,6 +21,7 @@ from hf_stompp.resuming import last_checkpoint
 from hf_stompp.verification import Verification, verify
 
 register()
+attention.register()
 if is_peft_available() and _parse(_version("peft")) >= _parse("0.20"):
     from hf_stompp.peft import registration
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from hf_stompp.layers import BinaryConv2d, BinaryLayer
+from hf_stompp.layers import BinaryConv2d, BinaryLayer, LatentInput
 from hf_stompp.patching import binary_layers
 from hf_stompp.sharding import is_sharded, local, shard_as
 from hf_stompp.tracing import norms_after
@@ -22,8 +22,8 @@ def calibrate(model: nn.Module, batch: Mapping[str, Any], units: Collection[int]
     Each layer is set just before it runs, so it sees what its upstream layers really give under the present masks.
     Signed: \\(β_k = \operatorname{mean}(x_k)\\) if the shift is learned, and \\(γ = \operatorname{mean}|x - β|\\), the
     least-squares scale. What the shift takes from the layer's output, \\(β \hat w^\top\\), goes into the bias, or out
-    of the running mean of the batch norm that follows; a layer with neither keeps its shift. Around an image, padding
-    stands for the mean from then on.
+    of the running mean of the batch norm that follows; a layer with neither keeps its shift, as what
+    attention multiplies does. Around an image, padding stands for the mean from then on.
     Unsigned: \\(γ = \operatorname{mean}(x \mid x \ge γ/2)\\), by fixed-point iteration, the least-squares level.
 
     Padding, by the batch's `attention_mask`, does not count. Batch norms take the statistics of the batch, as they do
@@ -76,18 +76,18 @@ class Calibration:
         mask = (inputs if isinstance(inputs, Mapping) else batch).get("attention_mask")
         model = self._model
 
-        def hook(name: str, layer: BinaryLayer, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().float()
-            if mask is not None and x.shape[:-1] == mask.shape:
+        def hook(name: str, layer: LatentInput, args: tuple[Tensor, ...]) -> None:
+            x = layer.features_last(args[0].detach().float())
+            if mask is not None and x.dim() > mask.dim() and x.shape[: mask.dim()] == mask.shape:
                 x = x[mask.bool()]
             norm: Any = model.get_submodule(self._norms[name]) if name in self._norms else None
             with _kept(layer, sharded.get(name, {})):
-                _calibrate_layer(layer, x.movedim(layer.FEATURE_AXIS, -1).reshape(-1, layer.input_features), norm)
+                _calibrate_layer(layer, x.reshape(-1, layer.input_features), norm)
 
         layers = {
             name: layer
             for name, layer in binary_layers(model).items()
-            if isinstance(layer, BinaryLayer)
+            if isinstance(layer, LatentInput)
             and layer.activation_scale is not None
             and (units is None or layer.unit in units)
         }
@@ -109,7 +109,7 @@ def _sharded(layer: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _kept(layer: BinaryLayer, sharded: Mapping[str, Tensor]) -> Iterator[None]:
+def _kept(layer: LatentInput, sharded: Mapping[str, Tensor]) -> Iterator[None]:
     """What is added to copies of sharded parameters within is added to the shards."""
     changing = [name for name in sharded if name != "weight"]
     before = {name: layer.get_parameter(name).detach().clone() for name in changing}
@@ -146,7 +146,7 @@ def _calibrating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _calibrate_layer(layer: BinaryLayer, x: Tensor, norm: _BatchNorm | None) -> None:
+def _calibrate_layer(layer: LatentInput, x: Tensor, norm: _BatchNorm | None) -> None:
     """From its inputs `[tokens or pixels, features]`; `norm` is the batch norm that follows the layer."""
     scale = layer.activation_scale
     assert scale is not None
@@ -159,7 +159,7 @@ def _calibrate_layer(layer: BinaryLayer, x: Tensor, norm: _BatchNorm | None) -> 
             level = above.mean()
     else:
         if layer.activation_shift is not None:
-            if layer.bias is not None or norm is not None:
+            if isinstance(layer, BinaryLayer) and (layer.bias is not None or norm is not None):
                 _move_shift(layer, x.mean(dim=0), norm)
             x = x - layer.activation_shift
         level = x.abs().mean()

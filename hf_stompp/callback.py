@@ -12,11 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from hf_stompp.attention import check_installed
 from hf_stompp.calibration import Calibration
 from hf_stompp.callers import calling_handler, calling_trainer
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
-from hf_stompp.layers import BinaryLayer, LatentLayer
+from hf_stompp.layers import LatentInput, LatentLayer, LatentWeight
 from hf_stompp.patching import TRAINS_BASE, binary_layers, frozen_fraction, is_packed, keep_masks_home
 from hf_stompp.probes import Probes
 from hf_stompp.report import TrainingLog, plot
@@ -85,6 +86,10 @@ class StomppCallback(TrainerCallback, ExportableState):
         return next(iter(self._layers.values())).config
 
     @property
+    def _weights(self) -> dict[str, LatentWeight]:
+        return {name: layer for name, layer in self._layers.items() if isinstance(layer, LatentWeight)}
+
+    @property
     def _units(self) -> int:
         return 1 + max(layer.unit for layer in self._layers.values())
 
@@ -99,7 +104,7 @@ class StomppCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         self._layers, self._processes = binary_layers(model), args.world_size
         check_schedule(model, state.max_steps)
-        _check_sharding(self._layers)
+        _check_sharding(self._weights)
         self._check_deepspeed(args)
         self._check_start(state, frozen_fraction(model))
         _go_first(self)
@@ -128,14 +133,14 @@ class StomppCallback(TrainerCallback, ExportableState):
                     "given."
                 )
         # Hooks would break a compiled graph, and FSDP has its own around the layers.
-        hooked = not (args.torch_compile or any(is_sharded(layer.weight) for layer in self._layers.values()))
+        hooked = not (args.torch_compile or any(is_sharded(layer.weight) for layer in self._weights.values()))
         if self._probes is not None:
             self._probes.stop()  # of a training that ended in the middle of a step
         self._probes = Probes(self._layers, gradients=hooked)
         state.stateful_callbacks[type(self).__name__] = self.state()  # or it would be in checkpoints alone
 
     def _all_calibrated(self) -> bool:
-        return all(layer.calibrated for layer in self._layers.values() if isinstance(layer, BinaryLayer))
+        return all(layer.calibrated for layer in self._layers.values() if isinstance(layer, LatentInput))
 
     def _check_deepspeed(self, args: TrainingArguments) -> None:
         """DeepSpeed's optimizer steps on copies of its own: what is written to parameters besides is lost."""
@@ -228,13 +233,13 @@ class StomppCallback(TrainerCallback, ExportableState):
     ) -> None:
         if self._probes is not None:
             self._probes.stop()
-        for layer in self._layers.values():
+        for layer in self._weights.values():
             layer.hold_frozen()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for layer in self._layers.values():
+        for layer in self._weights.values():
             layer.restore_frozen()
 
     def on_log(
@@ -339,6 +344,7 @@ def check_schedule(model: nn.Module, max_steps: int) -> None:
             "`from_pretrained(..., quantization_config=BinarizationConfig(...))`, or call `binarize(model, config)`, "
             "before building the Trainer."
         )
+    check_installed(model)
     config = next(iter(layers.values())).config
     recorded = getattr(getattr(model, "config", None), "quantization_config", None)
     if recorded is not None and dict(recorded) != dict(config):
@@ -375,7 +381,7 @@ def _comparable(config: BinarizationConfig) -> dict[str, Any]:
     return content
 
 
-def _check_sharding(layers: dict[str, LatentLayer]) -> None:
+def _check_sharding(layers: dict[str, LatentWeight]) -> None:
     for name, layer in layers.items():
         if layer.weight.dim() < 2 or layer.weight.numel() == 0:
             raise ValueError(

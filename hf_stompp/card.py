@@ -172,11 +172,15 @@ def template(name: str) -> Path:
     return packaged if packaged.is_file() else here.parents[1] / "model_cards" / name
 
 
+_KINDS = {"embedding": "embedding tables", "attention": "tensors of attention"}
+"""What layers of a role are called, if not by it."""
+
+
 def _parts(table: Summary) -> str:
     """Bits and bytes, with the layers of a role and precision in one row."""
     groups: dict[tuple[str, int, int], list[LayerSummary]] = defaultdict(list)
     for row in table.rows:
-        kind = "embedding tables" if row.role == "embedding" else f"{row.role} layers" if row.role else row.name
+        kind = _KINDS.get(row.role, f"{row.role} layers") if row.role else row.name
         groups[kind, row.weight_bits, row.input_bits].append(row)
     lines = []
     for (name, weight_bits, input_bits), rows in groups.items():
@@ -184,7 +188,7 @@ def _parts(table: Summary) -> str:
         sizes = [sum(row.parameters for row in rows), sum(row.float_bytes for row in rows)]
         sizes.append(sum(row.packed_bytes for row in rows))
         layers = str(len(rows)) if rows[0].role else ""
-        bits = [str(weight_bits), str(input_bits), levels and f"`{levels}`"]
+        bits = [str(weight_bits or ""), str(input_bits), levels and f"`{levels}`"]
         lines.append([name, layers, *bits, *map("{:,}".format, sizes)])
     totals = [table.parameters, table.float_bytes, table.packed_bytes]
     lines.append(["total", "", "", "", "", *map("{:,}".format, totals)])

@@ -96,6 +96,9 @@ class BinarizationConfig(QuantizationConfigMixin):
     clip: float | None = _flag(
         2.0, "Clip range in units of the scale; inf (null in YAML) does not clip. Also the range of the STE."
     )
+    clip_weights: bool = _flag(
+        True, "Clip soft weights too; without it all weights pass all gradients (the identity as their STE)."
+    )
     activation_levels: Literal["auto", "signed", "unsigned"] = _flag(
         "auto", "auto: {0, +s} for inputs that come out of ReLU, GELU or softmax, {-s, +s} for all others."
     )
@@ -109,6 +112,11 @@ class BinarizationConfig(QuantizationConfigMixin):
     )
     bireal_shortcuts: bool = _flag(
         False, "A full-precision shortcut around each convolution of the blocks of a ResNet, as in Bi-Real Net."
+    )
+    attention: bool = _flag(
+        False,
+        "Binarize what attention multiplies too: queries, keys and values, and, with the levels {0, +s}, the "
+        "probabilities after the softmax. Those of one attention are a unit.",
     )
     pooler: bool = _flag(False, "Binarize the pooler too.")
     embeddings: bool = _flag(
@@ -201,6 +209,11 @@ class BinarizationConfig(QuantizationConfigMixin):
                 "BinarizationConfig has embeddings=True and weights=False: tables are weights. Set weights=True, or "
                 "embeddings=False."
             )
+        if self.attention and not self.activations:
+            raise ValueError(
+                "BinarizationConfig has attention=True and activations=False: what attention multiplies are "
+                "activations. Set activations=True, or attention=False."
+            )
         if self.mode == "packed" and not self.weights:
             raise ValueError('BinarizationConfig has mode="packed" and weights=False: only 1-bit weights are packed.')
         if not self.activations and self.activation_levels != "auto":
@@ -235,6 +248,11 @@ class BinarizationConfig(QuantizationConfigMixin):
         if unknown := sorted(set(changes) - set(allowed)):
             raise TypeError(f"BinarizationConfig.preset: received {unknown[0]!r}; allowed: {', '.join(allowed)}.")
         return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def weight_clip(self) -> float | None:
+        """κ of the weights; `None` does not clip them."""
+        return self.clip if self.clip_weights else None
 
     def unit_fractions(self, step: int, max_steps: int, units: int) -> Sequence[float]:
         """The frozen fraction of each of `units` units in optimizer step `step` (counted from 1) of `max_steps`."""

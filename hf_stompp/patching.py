@@ -3,23 +3,29 @@
 import copy
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
+from hf_stompp.attention import check_installed
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.folding import fold, foldable
 from hf_stompp.layers import (
     BINARY,
     PACKED,
+    BinaryActivation,
     BinaryEmbedding,
     BinaryLayer,
+    FloatActivation,
+    LatentInput,
     LatentLayer,
+    LatentWeight,
+    PackedActivation,
     PackedEmbedding,
     PackedLayer,
 )
@@ -27,13 +33,20 @@ from hf_stompp.rewiring import rewire, rewires
 from hf_stompp.selection import LayerPlan, embedding_tables, select
 from hf_stompp.tracing import LAYERS, skeleton, trace
 
+Input = TypeVar("Input", bound=LatentInput)
+
 logger = logging.get_logger(__name__)
 
 
 def binary_layers(model: nn.Module) -> dict[str, LatentLayer]:
-    """The latent layers and tables of a model by name, in the order of their units."""
+    """The latent layers, tables and tensors of attention of a model by name, in the order of their units."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LatentLayer)}
     return dict(sorted(layers.items(), key=lambda item: item[1].unit))
+
+
+def binary_weights(model: nn.Module) -> dict[str, LatentWeight]:
+    """Those of them that have a weight."""
+    return {name: layer for name, layer in binary_layers(model).items() if isinstance(layer, LatentWeight)}
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
@@ -55,6 +68,11 @@ TRAINS_BASE = "_hf_stompp_trains_base"
 """Of a model with adapters: whether its base is its own, and is saved with them (see [`~peft.train_base`])."""
 
 
+def packed_activations(model: nn.Module) -> dict[str, PackedActivation]:
+    """The packed tensors of attention of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedActivation)}
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether anything in a model is packed."""
     return bool(packed_layers(model) or packed_tables(model))
@@ -70,15 +88,21 @@ def bits_of(model: nn.Module) -> str | None:
         return None
     digest = hashlib.sha256()
     for layer in layers:
-        for tensor in (layer.weight, layer.weight_scale, layer.activation_threshold, layer.activation_levels):
-            if tensor is not None:
-                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        _digest(digest, layer.weight, layer.weight_scale, layer.activation_threshold, layer.activation_levels)
+    for activation in packed_activations(model).values():
+        _digest(digest, activation.activation_threshold, activation.activation_levels)
     return digest.hexdigest()
+
+
+def _digest(digest: Any, *tensors: Tensor | None) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
 def frozen_fraction(model: nn.Module) -> float:
     """The share of the weights of a model's latent layers that is frozen now; 0 if it has none."""
-    layers = binary_layers(model).values()
+    layers = binary_weights(model).values()
     frozen = sum(layer.fraction * layer.weight.numel() for layer in layers)
     return frozen / sum(layer.weight.numel() for layer in layers) if layers else 0.0
 
@@ -127,6 +151,9 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
         layer: LatentLayer
         if isinstance(module, nn.Embedding):
             layer = BinaryEmbedding.from_float(module, config, key=plan.key, unit=plan.unit)
+        elif isinstance(module, FloatActivation):
+            place = {"key": plan.key, "unit": plan.unit, "unsigned": plan.unsigned, "device": model.device}
+            layer = BinaryActivation.from_float(module, config, **place)
         else:
             kind = BINARY[type(module)]
             layer = kind.from_float(module, config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned)
@@ -168,6 +195,8 @@ def _entry(plan: LayerPlan, layer: nn.Module, config: BinarizationConfig) -> dic
     if plan.role == "embedding":
         return {"unit": plan.unit, "bits": 1}
     levels = ("unsigned" if plan.unsigned else "signed") if config.activations else None
+    if isinstance(layer, BinaryActivation):
+        return {"unit": plan.unit, "levels": levels, "features": layer.input_features}
     # A row of bits does not tell the shape of a kernel.
     shape = {"shape": list(layer.weight.shape[1:])} if isinstance(layer, nn.Conv2d) else {}
     return {"unit": plan.unit, "levels": levels, **shape}
@@ -219,7 +248,8 @@ def pack(
     if embedding_bits is not None:
         config = BinarizationConfig.from_dict(config.to_dict() | {"embedding_bits": embedding_bits})
     tables = tables_to_pack(model, config)
-    replaced = [tensor for layer in layers.values() for tensor in (layer.weight, layer.weight_mask)]
+    weights = binary_weights(model).values()
+    replaced = [tensor for layer in weights for tensor in (layer.weight, layer.weight_mask)]
     replaced += [table.weight for table in tables.values()]
     packed = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in replaced})
     packed = extract_model_from_parallel(packed, keep_fp32_wrapper=False)
@@ -265,6 +295,8 @@ def pack_modules(
     for name, layer in layers.items():
         if isinstance(layer, BinaryEmbedding):
             model.set_submodule(name, PackedEmbedding.from_binary(layer))
+        elif isinstance(layer, BinaryActivation):
+            model.set_submodule(name, PackedActivation.from_binary(layer))
         elif isinstance(layer, BinaryLayer):
             model.set_submodule(name, PACKED[type(layer)].from_binary(layer))
     for name, table in tables.items():
@@ -284,13 +316,14 @@ def _check_packable(model: PreTrainedModel) -> BinarizationConfig:
     config = next(iter(layers.values())).config
     if not config.weights:
         raise ValueError("pack writes 1-bit weights, but this model was binarized with weights=False.")
-    fraction = frozen_fraction(model)
-    if fraction < 1:
-        name, layer = next((name, layer) for name, layer in layers.items() if layer.fraction < 1)
+    unfinished = next(((name, layer) for name, layer in layers.items() if layer.fraction < 1), None)
+    if unfinished:
+        name, layer = unfinished
         raise ValueError(
-            f"pack takes a fully frozen model, but the frozen fraction of this one is {fraction:.4f} ({name} has "
-            f"{layer.fraction:.4f}). Train to the end of the progression."
+            f"pack takes a fully frozen model, but the frozen fraction of this one is {frozen_fraction(model):.4f} "
+            f"({name} has {layer.fraction:.4f}). Train to the end of the progression."
         )
+    check_installed(model)
     return config
 
 
@@ -344,6 +377,8 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
     latent = copy.deepcopy(model)
     for name, layer in packed_layers(model).items():
         latent.set_submodule(name, _to_binary(layer, config, name_in_base(model, name)))
+    for name, activation in packed_activations(model).items():
+        latent.set_submodule(name, _to_binary_activation(activation, config, name_in_base(model, name)))
     for name, packed in packed_tables(model).items():
         table, key = packed.to_float(), name_in_base(model, name)
         if key in config.modules:
@@ -364,10 +399,24 @@ def _to_binary(layer: PackedLayer, config: BinarizationConfig, key: str) -> Bina
         raise ValueError(f"model.config.quantization_config.modules does not list {key!r}, so its unit is not known.")
     unit, floats = config.modules[key]["unit"], layer.to_float()
     binary = BINARY[type(floats)].from_float(floats, config, key=key, unit=unit, unsigned=unsigned)
-    if binary.activation_scale is not None and levels is not None:
-        binary.activation_scale.copy_(levels[1:])
-    if binary.activation_shift is not None and layer.activation_threshold is not None:
-        binary.activation_shift.copy_(layer.activation_threshold)
+    return _as_packed(binary, layer)
+
+
+def _to_binary_activation(packed: PackedActivation, config: BinarizationConfig, key: str) -> BinaryActivation:
+    assert packed.activation_levels is not None
+    place: dict[str, Any] = {"unit": config.modules[key]["unit"], "device": packed.activation_levels.device}
+    unsigned = packed.activation_levels[0].item() == 0
+    binary = BinaryActivation.from_float(FloatActivation(packed.shape), config, key=key, unsigned=unsigned, **place)
+    return _as_packed(binary, packed)
+
+
+@torch.no_grad()
+def _as_packed(binary: Input, packed: PackedLayer | PackedActivation) -> Input:
+    """A latent module with the levels and thresholds of a packed one, all frozen."""
+    if binary.activation_scale is not None and packed.activation_levels is not None:
+        binary.activation_scale.copy_(packed.activation_levels[1:])
+    if binary.activation_shift is not None and packed.activation_threshold is not None:
+        binary.activation_shift.copy_(packed.activation_threshold)
     binary.calibrated.fill_(True)
     binary.set_frozen(1.0, step=0)
     return binary

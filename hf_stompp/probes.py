@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_stompp.layers import LatentLayer
+from hf_stompp.layers import LatentLayer, LatentWeight
 
 
 class Probes:
@@ -26,6 +26,7 @@ class Probes:
 
     def __init__(self, layers: Mapping[str, LatentLayer], gradients: bool) -> None:
         self._layers = dict(layers)
+        self._weights = {name: layer for name, layer in layers.items() if isinstance(layer, LatentWeight)}
         self._gradients = gradients
         self._units = 1 + max(layer.unit for layer in layers.values())
         self._signs = self._read_signs()
@@ -55,10 +56,10 @@ class Probes:
         ).tolist()
         self._signs = signs
         flipped, sizes = [0.0] * self._units, [0] * self._units
-        for layer, share in zip(self._layers.values(), shares, strict=True):
+        for layer, share in zip(self._weights.values(), shares, strict=True):
             flipped[layer.unit] += share * layer.weight.numel()
             sizes[layer.unit] += layer.weight.numel()
-        units = [_short(count / size) for count, size in zip(flipped, sizes, strict=True)]
+        units = [_short(count / max(1, size)) for count, size in zip(flipped, sizes, strict=True)]
         return sum(flipped) / sum(sizes), units
 
     def gradient_norms(self) -> list[float]:
@@ -72,7 +73,7 @@ class Probes:
         return [_short(norm) for norm in torch.stack(squares).sqrt().tolist()]
 
     def _read_signs(self) -> dict[str, Tensor]:
-        return {name: layer.sampled_signs() for name, layer in self._layers.items()}
+        return {name: layer.sampled_signs() for name, layer in self._weights.items()}
 
     def _watch(self, unit: int, module: nn.Module, args: Any, output: Tensor) -> None:
         if output.requires_grad:

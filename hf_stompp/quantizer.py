@@ -21,19 +21,35 @@ from transformers.utils import logging
 from hf_stompp.config import QUANT_METHOD, BinarizationConfig
 from hf_stompp.folding import FOLDED, remove
 from hf_stompp.fusion import unfuse
-from hf_stompp.layers import BINARY_INPUT, PACKED, PackedEmbedding, PackedLayer
+from hf_stompp.layers import (
+    BINARY_INPUT,
+    PACKED,
+    FloatActivation,
+    PackedActivation,
+    PackedEmbedding,
+    PackedLayer,
+)
 from hf_stompp.patching import (
     binarize,
     binary_layers,
     bits_of,
     pack_modules,
+    packed_activations,
     packed_layers,
     packed_tables,
     tables_to_pack,
 )
 from hf_stompp.rewiring import rewire, rewires
 from hf_stompp.selection import tied_modules
-from hf_stompp.soundness import check_entry, check_layout, check_packed, check_shape, check_table
+from hf_stompp.soundness import (
+    check_activation,
+    check_entry,
+    check_features,
+    check_layout,
+    check_packed,
+    check_shape,
+    check_table,
+)
 from hf_stompp.tracing import LAYERS
 
 logger = logging.get_logger(__name__)
@@ -88,6 +104,9 @@ class StomppHfQuantizer(HfQuantizer):
         remove(model, _folded_modules(model, config))
         layers, tables = _packed_modules(model, checkpoint_files, config)
         rewire(model, set(layers), config)
+        for name in _packed_tensors(model, config):
+            activation = PackedActivation.empty(model.get_submodule(name), model.device, config.straight_through)
+            model.set_submodule(name, activation)
         for name, binary_input in layers.items():
             layer = model.get_submodule(name)
             model.set_submodule(name, PACKED[type(layer)].empty(layer, binary_input, config.straight_through))
@@ -100,6 +119,8 @@ class StomppHfQuantizer(HfQuantizer):
                 _check_loaded(model)
             for name, packed in packed_layers(model).items():
                 check_packed(name, packed)
+            for name, activation in packed_activations(model).items():
+                check_activation(name, activation)
             for name, table in packed_tables(model).items():
                 check_table(name, table)
             return model
@@ -189,6 +210,8 @@ def _packed_modules(
     tables: dict[str, int] = {}
     for key, entry in config.modules.items():
         check_entry(key, entry)
+        if "features" in entry:
+            continue  # see `_packed_tensors`
         kind = nn.Embedding if "bits" in entry else LAYERS
         name = _named(model, key, kind)
         if name is not None and kind is nn.Embedding:
@@ -215,6 +238,17 @@ def _packed_modules(
             )
         check_layout(name, module, tensors, tables.get(name, 1))
     return {name: "activation_threshold" in found[name] for name in found if name not in tables}, tables
+
+
+def _packed_tensors(model: PreTrainedModel, config: BinarizationConfig) -> list[str]:
+    """The tensors of attention that are packed, in the places that `rewire` has made for them."""
+    found = []
+    for key, entry in config.modules.items():
+        name = _named(model, key, FloatActivation) if "features" in entry else None
+        if name is not None:
+            check_features(name, model.get_submodule(name), entry)
+            found.append(name)
+    return found
 
 
 def _folded_modules(model: PreTrainedModel, config: BinarizationConfig) -> list[str]:
@@ -294,7 +328,8 @@ def _checkpoint_tensors(
 
 def _check_loaded(model: nn.Module) -> None:
     """Refuses packed modules with a tensor that was not in the checkpoint, and is uninitialised memory now."""
-    for name, module in (packed_layers(model) | packed_tables(model)).items():
+    packed = packed_layers(model) | packed_tables(model) | packed_activations(model)
+    for name, module in packed.items():
         for key, tensor in module.state_dict(keep_vars=True).items():
             if key != "bias" and not getattr(tensor, "_is_hf_initialized", False):
                 raise ValueError(

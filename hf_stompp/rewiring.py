@@ -1,4 +1,5 @@
-"""Changes of a model that are no layer's own: activations that are replaced, shortcuts that are added.
+"""Changes of a model that are no layer's own: activations that are replaced, shortcuts that are added, places for
+binary tensors in attention.
 
 They are made before weights are loaded and add no parameters, so that any checkpoint of the model fits, and they are
 made again by the config whenever the model is loaded.
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.resnet.modeling_resnet import ResNetBasicLayer, ResNetBottleNeckLayer
 
+from hf_stompp.attention import install
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.tracing import activations_feeding
 
@@ -19,7 +21,7 @@ _RELUS = (nn.ReLU, nn.ReLU6)
 
 def rewires(config: BinarizationConfig) -> bool:
     """Whether [`rewire`] has anything to do."""
-    return config.replace_gelu or config.replace_relu or config.bireal_shortcuts
+    return config.replace_gelu or config.replace_relu or config.bireal_shortcuts or config.attention
 
 
 def rewire(model: PreTrainedModel, names: set[str], config: BinarizationConfig) -> None:
@@ -36,6 +38,8 @@ def rewire(model: PreTrainedModel, names: set[str], config: BinarizationConfig) 
     for block in blocks:
         # Parameters, names and hooks stay what they are: only the forward is another.
         block.__class__ = _BIREAL[type(block)]
+    if config.attention:
+        install(model)
 
 
 def _replace_activations(model: PreTrainedModel, names: set[str], field: str, by: type[nn.Module]) -> None:

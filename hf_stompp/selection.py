@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
-from hf_stompp.tracing import CONVOLUTIONS, LAYERS, TABLES, Call, Trace, trace
+from hf_stompp.tracing import CONVOLUTIONS, LAYERS, TABLES, TENSORS, Call, Trace, trace
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class LayerPlan:
     Attributes:
         name (`str`): Name of the module in the model.
         key (`str`): Its name inside the base model, the same with and without a head.
-        role (`str`): `encoder`, `embedding`, `head`, `pooler`, `stem`, `shortcut`, `depthwise`, `gate`, `tied`,
-            `unused`, or `table`: one that can be neither binarized nor rounded.
+        role (`str`): `encoder`, `attention`, `embedding`, `head`, `pooler`, `stem`, `shortcut`, `depthwise`, `gate`,
+            `tied`, `unused`, or `table`: one that can be neither binarized nor rounded.
         unit (`int`, *optional*): Place of its unit in execution order, from 0; `None` if it stays in full precision.
         unsigned (`bool`): Whether its input is the output of a ReLU, GELU, softmax or the like.
         skipped (`str`): Why it stays in full precision; empty if it is binarized.
@@ -59,11 +59,14 @@ def _tables(model: PreTrainedModel, found: Trace) -> dict[str, str]:
 
 
 def _units(found: Trace) -> dict[str, int]:
-    """First-execution order: layers that see the same input tensor are one unit."""
+    """First-execution order: layers that see the same input tensor are one unit, and so are the tensors of one
+    attention."""
     units: dict[str, int] = {}
-    by_input: dict[int, int] = {}
-    for call in found.layers:
-        units.setdefault(call.name, by_input.setdefault(id(call.input), len(by_input)))
+    known: dict[int | str, int] = {}
+    layers = {call.name for call in found.layers}
+    for call in found.binarizable:
+        shared = id(call.input) if call.name in layers else call.name.rpartition(".")[0]
+        units.setdefault(call.name, known.setdefault(shared, len(known)))
     return units
 
 
@@ -204,7 +207,7 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
     found = trace(model, with_head=bool(config.include))
     units, tied = _units(found), tied_modules(model)
     roles, heads = _roles(model, found, units), _heads(model)
-    half_rectified = {call.name for call in found.layers if id(call.input) in found.source}
+    half_rectified = {call.name for call in found.binarizable if id(call.input) in found.source}
     base = "" if model.base_model is model else model.base_model_prefix + "."
     executed = list(units)
     others = [n for n, m in model.named_modules(remove_duplicate=False) if type(m) in LAYERS and n not in units]
@@ -213,11 +216,13 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
         for name, reason in _tables(model, found).items()
     ]
     for name in executed + others:
-        if type(model.get_submodule(name)) not in LAYERS:
+        if type(model.get_submodule(name)) not in LAYERS + TENSORS:
             continue
         key = name.removeprefix(base)
         if name in tied:
             role = "tied"
+        elif type(model.get_submodule(name)) in TENSORS:
+            role = "attention"
         elif "pooler" in key.split("."):
             role = "pooler"  # in DeBERTa it stands outside of the base model
         elif name in heads:

@@ -9,12 +9,18 @@ from transformers import PreTrainedModel
 
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.folding import foldable
-from hf_stompp.layers import PACKED, PackedEmbedding, PackedLayer
+from hf_stompp.layers import PACKED, FloatActivation, PackedActivation, PackedEmbedding, PackedLayer
 from hf_stompp.packing import packed_length
 from hf_stompp.patching import name_in_base
 from hf_stompp.rewiring import rewire, rewires
 
-_ENTRIES = ({"bits"}, {"unit", "bits"}, {"unit", "levels"}, {"unit", "levels", "shape"})
+_ENTRIES = (
+    {"bits"},
+    {"unit", "bits"},
+    {"unit", "levels"},
+    {"unit", "levels", "shape"},
+    {"unit", "levels", "features"},
+)
 
 
 def _allowed(field: str, value: Any) -> bool:
@@ -22,7 +28,7 @@ def _allowed(field: str, value: Any) -> bool:
         return value in (None, "signed", "unsigned")
     if field == "shape":
         return isinstance(value, list) and all(type(size) is int for size in value)
-    numbers = range(1 << 16) if field == "unit" else (1, 4, 8, 16)
+    numbers = range(1 << 16) if field in ("unit", "features") else (1, 4, 8, 16)
     return type(value) is int and value in numbers  # neither True nor 1.0
 
 
@@ -32,8 +38,9 @@ def check_entry(key: str, entry: Any) -> None:
     if not right or not all(_allowed(field, value) for field, value in entry.items()):
         raise ValueError(
             f"quantization_config.modules[{key!r}] in config.json is {entry!r}; allowed: unit, a number, with levels, "
-            "'signed', 'unsigned' or null, and of a convolution shape, a list of numbers; or bits of a table, 1, 4, 8 "
-            "or 16. The config is corrupted: save or download it again."
+            "'signed', 'unsigned' or null, and of a convolution shape, a list of numbers, or of a tensor of attention "
+            "features, a number; or bits of a table, 1, 4, 8 or 16. The config is corrupted: save or download it "
+            "again."
         )
 
 
@@ -44,6 +51,15 @@ def check_shape(name: str, layer: nn.Module, entry: dict[str, Any]) -> None:
             f"quantization_config.modules in config.json has the shape {entry.get('shape')} for {name}, but that of "
             f"this {type(layer).__name__} is {shape}: the config is of another model, or corrupted. Save or download "
             "it again."
+        )
+
+
+def check_features(name: str, activation: FloatActivation, entry: dict[str, Any]) -> None:
+    features = activation.shape[0] * activation.shape[2]
+    if entry["features"] != features or entry["levels"] is None:
+        raise ValueError(
+            f"quantization_config.modules in config.json has {entry} for {name}, which has {features} features and "
+            "levels: the config is of another model, or corrupted. Save or download it again."
         )
 
 
@@ -128,6 +144,17 @@ def check_packed(name: str, layer: PackedLayer) -> None:
                 f"{name}.{key} holds values that no packed layer has (not finite, a negative scale, levels other than "
                 "{-γ, γ} or {0, γ}, or set padding bits): the checkpoint is corrupted. Save or download it again."
             )
+
+
+def check_activation(name: str, activation: PackedActivation) -> None:
+    """Refuses loaded values that no packed tensor of attention can have."""
+    threshold, levels = activation.activation_threshold, activation.activation_levels
+    assert threshold is not None and levels is not None
+    if not threshold.isfinite().all() or not _are_levels(levels):
+        raise ValueError(
+            f"{name} holds values that no packed tensor of attention has (a threshold that is not finite, or levels "
+            "other than {-γ, γ} or {0, γ}): the checkpoint is corrupted. Save or download it again."
+        )
 
 
 def check_table(name: str, table: PackedEmbedding) -> None:

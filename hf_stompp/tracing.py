@@ -16,12 +16,23 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 
-from hf_stompp.layers import BinaryConv2d, BinaryEmbedding, BinaryLinear, PackedConv2d, PackedEmbedding, PackedLinear
+from hf_stompp.layers import (
+    BinaryActivation,
+    BinaryConv2d,
+    BinaryEmbedding,
+    BinaryLinear,
+    FloatActivation,
+    PackedActivation,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLinear,
+)
 
 LINEARS = (nn.Linear, BinaryLinear, PackedLinear)
 CONVOLUTIONS = (nn.Conv2d, BinaryConv2d, PackedConv2d)
 LAYERS = LINEARS + CONVOLUTIONS
 TABLES = (nn.Embedding, BinaryEmbedding, PackedEmbedding)
+TENSORS = (FloatActivation, BinaryActivation, PackedActivation)
 _ACTIVATION_MODULES = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 _HALF_RECTIFIED = {
     "ReLU",
@@ -74,6 +85,7 @@ class Trace(TorchDispatchMode):
 
     Attributes:
         layers, activations, norms, tables (`list[Call]`): In the order of execution; the norms are batch norms.
+        binarizable (`list[Call]`): Of the layers, and of the tensors that attention multiplies.
         source (`dict[int, Tensor]`): id of a tensor → the half-rectified tensor whose values, or averages, it has.
         branch (`dict[int, Call]`): id of a tensor → the layer that it comes out of, by nothing but a norm, an
             activation and a gate.
@@ -92,6 +104,7 @@ class Trace(TorchDispatchMode):
         self.rooted: set[int] = {id(root) for root in roots}
         self.unpooled: dict[int, Tensor] = {}
         self.layers: list[Call] = []
+        self.binarizable: list[Call] = []
         self.activations: list[Call] = []
         self.norms: list[Call] = []
         self.tables: list[Call] = []
@@ -143,6 +156,7 @@ class Trace(TorchDispatchMode):
         """Takes note of the calls of a module; yields the handles of its hooks."""
         kinds = (
             (LAYERS, self.layers),
+            (TENSORS, self.binarizable),
             (TABLES, self.tables),
             (_BatchNorm, self.norms),
             (nn.Module, self.activations),
@@ -158,6 +172,7 @@ class Trace(TorchDispatchMode):
                 if id(args[0]) in self.branch:
                     self.branch[id(output)] = self.branch[id(args[0])]
             elif isinstance(module, LAYERS):
+                self.binarizable.append(call)
                 self.branch[id(output)] = call
                 self.readers[id(args[0])] += 1
                 self._in_layer = False
@@ -210,7 +225,7 @@ def trace(model: PreTrainedModel, with_head: bool = False) -> Trace:
     roots = [*inputs.values(), *(p for p in copied.parameters() if id(p) not in owned)]
     with ExitStack() as hooks, torch.no_grad(), Trace(roots) as found:
         for name, module in copied.named_modules():
-            if isinstance(module, (*LAYERS, *TABLES, *_ACTIVATION_MODULES, _BatchNorm)):
+            if isinstance(module, (*LAYERS, *TENSORS, *TABLES, *_ACTIVATION_MODULES, _BatchNorm)):
                 for handle in found.watch(name, module):
                     hooks.callback(handle.remove)
         try:

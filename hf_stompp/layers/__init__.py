@@ -1,15 +1,18 @@
-"""Layers: latent (`BinaryLinear`, `BinaryConv2d`, `BinaryEmbedding`), packed (`PackedLinear`, `PackedConv2d`,
-`PackedEmbedding`), dequantized (`BinaryInputLinear`, `BinaryInputConv2d`); and which of them stands for which."""
+"""Layers: latent (`BinaryLinear`, `BinaryConv2d`, `BinaryEmbedding`, `BinaryActivation`), packed (`PackedLinear`,
+`PackedConv2d`, `PackedEmbedding`, `PackedActivation`), dequantized (`BinaryInputLinear`, `BinaryInputConv2d`); and which of them stands for
+which."""
 
 from torch import nn
 
+from hf_stompp.layers.activation import BinaryActivation, FloatActivation, LatentInput
 from hf_stompp.layers.binary import BinaryConv2d, BinaryLayer, BinaryLinear
 from hf_stompp.layers.embedding import BinaryEmbedding, PackedEmbedding
-from hf_stompp.layers.latent import LatentLayer
+from hf_stompp.layers.latent import LatentLayer, LatentWeight
 from hf_stompp.layers.packed import (
     BinaryInput,
     BinaryInputConv2d,
     BinaryInputLinear,
+    PackedActivation,
     PackedConv2d,
     PackedLayer,
     PackedLinear,
@@ -34,6 +37,7 @@ __all__ = [
     "BINARY",
     "BINARY_INPUT",
     "PACKED",
+    "BinaryActivation",
     "BinaryConv2d",
     "BinaryEmbedding",
     "BinaryInput",
@@ -41,7 +45,11 @@ __all__ = [
     "BinaryInputLinear",
     "BinaryLayer",
     "BinaryLinear",
+    "FloatActivation",
+    "LatentInput",
     "LatentLayer",
+    "LatentWeight",
+    "PackedActivation",
     "PackedConv2d",
     "PackedEmbedding",
     "PackedLayer",

@@ -2,13 +2,13 @@
 
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.functional import mix, weight_scale
-from hf_stompp.layers.latent import LatentLayer
+from hf_stompp.layers.activation import LatentInput
+from hf_stompp.layers.latent import LatentWeight
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -26,7 +26,7 @@ def shaped_as(layer: nn.Module, kind: type[Module], attributes: tuple[str, ...])
     return made.train(layer.training)
 
 
-class BinaryLayer(LatentLayer):
+class BinaryLayer(LatentWeight, LatentInput):
     r"""A layer that is on its way from full precision to 1 bit: what [`BinaryLinear`] and [`BinaryConv2d`] share.
 
     `ŵ` and `x̂` are the mixtures of frozen and soft entries of [`~hf_stompp.functional.mix`]. The layer is made from a
@@ -34,12 +34,8 @@ class BinaryLayer(LatentLayer):
     checkpoint loads into it. `forward` is a pure function of parameters and masks: it draws nothing, counts nothing.
 
     Attributes:
-        weight (`Parameter`): Latent weight, and its mask: see [`LatentLayer`].
-        activation_scale (`Parameter`, *optional*): γ, `[1]`; only with binary activations.
-        activation_shift (`Parameter`, *optional*): β, one for each input feature; only with a learned shift and signed
-            levels.
-        activation_mask (`Tensor`): Boolean, one for each input feature, shared by all tokens or pixels.
-        calibrated (`Tensor`): Whether the activation scale and shift have been set from data.
+        weight, weight_mask: See [`LatentWeight`].
+        activation_scale, activation_shift, activation_mask, calibrated: See [`LatentInput`].
 
     Source: arXiv 2601.22660.
     """
@@ -49,12 +45,7 @@ class BinaryLayer(LatentLayer):
     FEATURE_AXIS: ClassVar[int]
     """Which axis of the input the features are."""
 
-    unsigned: bool
     bias: Any
-    activation_scale: nn.Parameter | None
-    activation_shift: nn.Parameter | None
-    activation_mask: Tensor
-    calibrated: Tensor
 
     @classmethod
     def from_float(
@@ -73,27 +64,14 @@ class BinaryLayer(LatentLayer):
         latent._adopt(layer.weight, config, key, unit)
         bias: Any = layer.bias
         latent.register_parameter("bias", bias)
-        latent.unsigned = unsigned
-        float32: dict[str, Any] = {"dtype": torch.float32, "device": layer.weight.device}  # also if default is another
-        scale = shift = None
-        if config.activations:
-            scale = nn.Parameter(torch.ones(1, **float32), requires_grad=config.learn_activation_scale)
-            if config.learn_activation_shift and not unsigned:
-                shift = nn.Parameter(torch.zeros(latent.input_features, **float32))
-        latent.register_parameter("activation_scale", scale)
-        latent.register_parameter("activation_shift", shift)
-        latent.register_buffer("calibrated", torch.zeros((), dtype=torch.bool, device=layer.weight.device))
-        latent._add_mask("activation", (latent.input_features,))
+        latent._add_activation(unsigned)
         return latent
 
-    @property
-    def input_features(self) -> int:
-        """How many features the input has."""
-        raise NotImplementedError
-
     def per_feature(self, values: Tensor) -> Tensor:
-        """`values`, one for each feature, in a shape that broadcasts against an input."""
         return values.view(-1, *(1,) * (-1 - self.FEATURE_AXIS))
+
+    def features_last(self, x: Tensor) -> Tensor:
+        return x.movedim(self.FEATURE_AXIS, -1)
 
     def effective_weight(self) -> Tensor:
         """ŵ, in the dtype of the latent weight."""
@@ -102,27 +80,10 @@ class BinaryLayer(LatentLayer):
         rows = self.weight.flatten(1)
         scale = weight_scale(rows, self.config.scale).to(rows.dtype)
         mask, ste = self._mask(self.weight_mask.flatten(1)), self.config.surrogate == "ste"
-        return mix(rows, scale, mask, clip=self.config.clip, ste=ste).view(self.weight.shape)
-
-    def effective_input(self, input: Tensor) -> Tensor:
-        """x̂, in the dtype of the input."""
-        if self.activation_scale is None:
-            return input
-        # In the precision of the scale, as the packed layer compares: rounding must not decide on a bit.
-        x = input.to(self.activation_scale.dtype)
-        shift = None if self.activation_shift is None else self.per_feature(self.activation_shift)
-        scale, mask = self.positive_scale(), self._mask(self.per_feature(self.activation_mask))
-        clip, ste = self.config.clip, self.config.surrogate == "ste"
-        return mix(x, scale, mask, clip=clip, unsigned=self.unsigned, ste=ste, shift=shift).to(input.dtype)
-
-    def positive_scale(self) -> Tensor:
-        """γ, kept above zero whatever the optimizer did to it."""
-        assert self.activation_scale is not None
-        return self.activation_scale.abs().clamp_min(1e-6)
+        return mix(rows, scale, mask, clip=self.config.weight_clip, ste=ste).view(self.weight.shape)
 
     def extra_repr(self) -> str:
-        levels = "32" if self.activation_scale is None else "1 unsigned" if self.unsigned else "1 signed"
-        return f"{super().extra_repr()}, input_bits={levels}, unit={self.unit}, frozen={self.fraction:.3f}"
+        return f"{super().extra_repr()}, {self._levels()}"
 
 
 class BinaryLinear(BinaryLayer, nn.Linear):

@@ -8,11 +8,11 @@ from typing_extensions import Self
 
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.functional import mix, weight_scale
-from hf_stompp.layers.latent import LatentLayer
+from hf_stompp.layers.latent import LatentWeight
 from hf_stompp.packing import pack_codes, pack_signs, packed_length, quantize_rows, unpack_codes
 
 
-class BinaryEmbedding(LatentLayer, nn.Embedding):
+class BinaryEmbedding(LatentWeight, nn.Embedding):
     r"""An embedding table that is on its way to 1 bit: \\(y = \hat w_v\\) for token v, with a scale for each row.
 
     `ŵ` is the mixture of frozen and soft entries of [`~hf_stompp.functional.mix`], with
@@ -20,7 +20,7 @@ class BinaryEmbedding(LatentLayer, nn.Embedding):
     the rows that are looked up are mixed.
 
     Attributes:
-        weight (`Parameter`): Latent table `[num_embeddings, embedding_dim]`, and its mask: see [`LatentLayer`].
+        weight (`Parameter`): Latent table `[num_embeddings, embedding_dim]`, and its mask: see [`LatentWeight`].
         dtype (`torch.dtype`): Of the output.
 
     Source: arXiv 2601.22660 for the method; 1-bit tables are in BinaryBERT (Bai et al., 2021) and BiT (Liu et al.,
@@ -49,7 +49,7 @@ class BinaryEmbedding(LatentLayer, nn.Embedding):
         if isinstance(mask, Tensor):
             mask = mask[input.flatten()]
         scale = weight_scale(rows, "channel").to(rows.dtype)
-        mixed = mix(rows, scale, mask, clip=self.config.clip, ste=self.config.surrogate == "ste")
+        mixed = mix(rows, scale, mask, clip=self.config.weight_clip, ste=self.config.surrogate == "ste")
         return mixed.view(*input.shape, self.embedding_dim).to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

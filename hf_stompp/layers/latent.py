@@ -14,11 +14,9 @@ SAMPLED_SIGNS = 1 << 16
 
 
 class LatentLayer(nn.Module):
-    """A layer on its way from full precision to 1 bit: its masks, and what keeps frozen weights frozen.
+    """A module on its way from full precision to 1 bit: its masks, and its place in the schedule.
 
     Attributes:
-        weight (`Parameter`): Latent weight.
-        weight_mask (`Tensor`): Boolean, the shape of the weight, one byte each; `True` where frozen.
         frozen_fraction, mask_step (`Tensor`): From which the masks are drawn again on loading.
         config (`BinarizationConfig`): The rules.
         key (`str`): What the masks are keyed by: the name of the layer inside the base model.
@@ -26,34 +24,26 @@ class LatentLayer(nn.Module):
         fraction (`float`): The frozen fraction.
     """
 
-    MASKS: ClassVar[tuple[str, ...]] = ("weight",)
+    MASKS: ClassVar[tuple[str, ...]]
     """Each has a buffer `…_mask`, which no checkpoint holds."""
 
     config: BinarizationConfig
     key: str
     unit: int
     fraction: float
-    weight: Tensor
-    weight_mask: Tensor
     frozen_fraction: Tensor
     mask_step: Tensor
 
-    def _adopt(self, weight: Tensor, config: BinarizationConfig, key: str, unit: int) -> None:
-        """Takes over a full-precision weight, all soft."""
-        if weight.dtype in (torch.float16, torch.bfloat16):
-            # A latent step is smaller than half precision resolves.
-            weight = nn.Parameter(weight.detach().float(), weight.requires_grad)
-        self.weight = weight
+    def _schedule(self, config: BinarizationConfig, key: str, unit: int, device: torch.device) -> None:
+        """Takes its place in the schedule, all soft."""
         self.config, self.key, self.unit = config, key, unit
         self.fraction, self._position = 0.0, 0.0
-        device = weight.device
         # A fixed dtype, also where the default is another.
         self.register_buffer("frozen_fraction", torch.zeros((), dtype=torch.float32, device=device))
         self.register_buffer("mask_step", torch.zeros((), dtype=torch.int64, device=device))
-        self._add_mask("weight", weight.shape)
 
     def _add_mask(self, kind: str, shape: tuple[int, ...]) -> None:
-        mask = torch.zeros(shape, dtype=torch.bool, device=self.weight.device)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.frozen_fraction.device)
         self.register_buffer(f"{kind}_mask", mask, persistent=False)
 
     def _mask(self, mask: Tensor) -> Tensor | bool:
@@ -97,6 +87,33 @@ class LatentLayer(nn.Module):
             )
             mask.copy_(drawn)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.load_masks()
+
+
+class LatentWeight(LatentLayer):
+    """A [`LatentLayer`] of a weight: what keeps the frozen entries of it frozen.
+
+    Attributes:
+        weight (`Parameter`): Latent weight.
+        weight_mask (`Tensor`): Boolean, the shape of the weight, one byte each; `True` where frozen.
+    """
+
+    MASKS: ClassVar[tuple[str, ...]] = ("weight",)
+
+    weight: Tensor
+    weight_mask: Tensor
+
+    def _adopt(self, weight: Tensor, config: BinarizationConfig, key: str, unit: int) -> None:
+        """Takes over a full-precision weight, all soft."""
+        if weight.dtype in (torch.float16, torch.bfloat16):
+            # A latent step is smaller than half precision resolves.
+            weight = nn.Parameter(weight.detach().float(), weight.requires_grad)
+        self.weight = weight
+        self._schedule(config, key, unit, weight.device)
+        self._add_mask("weight", weight.shape)
+
     def hold_frozen(self) -> None:
         """Before the optimizer's step: what is needed for frozen weights to keep their value through it.
 
@@ -123,7 +140,3 @@ class LatentLayer(nn.Module):
         weight = local(self.weight)
         stride = max(1, -(-weight.numel() // SAMPLED_SIGNS))
         return weight.flatten()[::stride] >= 0
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.load_masks()

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from hf_stompp.functional import activation_threshold, pass_straight, weight_scale
 from hf_stompp.kernels import operators
 from hf_stompp.kernels.operands import Geometry, Operands
+from hf_stompp.layers.activation import BinaryActivation, FloatActivation, LatentInput
 from hf_stompp.layers.binary import (
     CONV_ATTRIBUTES,
     LINEAR_ATTRIBUTES,
@@ -20,40 +21,6 @@ from hf_stompp.layers.binary import (
 )
 from hf_stompp.layers.fused import SharedInput
 from hf_stompp.packing import pack_signs, packed_length
-
-
-class ExactLayer(nn.Module):
-    """A layer whose buffers stay in float32 when the model is cast: they decide on bits."""
-
-    FULL_PRECISION: ClassVar[tuple[str, ...]]
-    ATTRIBUTES: ClassVar[tuple[str, ...]]
-    FEATURE_AXIS: ClassVar[int]
-    """Which axis of the input the features are."""
-
-    activation_threshold: Tensor | None
-    activation_levels: Tensor | None
-
-    def binary_input(self, input: Tensor) -> Tensor:
-        """The upper level where an input is at or above its threshold, else the lower, in the dtype of the input.
-
-        Raises:
-            TypeError: The input is not of floats, as where a model casts it to the dtype of a packed weight.
-        """
-        if not input.is_floating_point():
-            raise TypeError(f"A {type(self).__name__} takes floats, but its input is {input.dtype}.")
-        if self.activation_threshold is None or self.activation_levels is None:
-            return input
-        low, high = self.activation_levels.unbind()
-        threshold = self.activation_threshold.view(-1, *(1,) * (-1 - self.FEATURE_AXIS))
-        return torch.where(input >= threshold, high, low).to(input.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        exact = {name: getattr(self, name) for name in self.FULL_PRECISION}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            if before is not None and getattr(self, name).dtype != torch.float32:
-                setattr(self, name, before.to(getattr(self, name).device))
-        return self
 
 
 class _Levels(torch.autograd.Function):
@@ -69,6 +36,58 @@ class _Levels(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, threshold, levels = ctx.saved_tensors
         return pass_straight(grad, x, threshold, levels, ctx.clip), None, None, None
+
+
+class ExactLayer(nn.Module):
+    """A layer whose buffers stay in float32 when the model is cast: they decide on bits."""
+
+    FULL_PRECISION: ClassVar[tuple[str, ...]]
+    ATTRIBUTES: ClassVar[tuple[str, ...]]
+    FEATURE_AXIS: ClassVar[int]
+    """Which axis of the input the features are."""
+
+    activation_threshold: Tensor | None
+    activation_levels: Tensor | None
+    straight_through: float = 0.0
+
+    def binary_input(self, input: Tensor) -> Tensor:
+        """The upper level where an input is at or above its threshold, else the lower, in the dtype of the input.
+
+        Raises:
+            TypeError: The input is not of floats, as where a model casts it to the dtype of a packed weight.
+        """
+        if not input.is_floating_point():
+            raise TypeError(f"A {type(self).__name__} takes floats, but its input is {input.dtype}.")
+        if self.activation_threshold is None or self.activation_levels is None:
+            return input
+        threshold = self.per_feature(self.activation_threshold)
+        if self.straight_through > 0 and torch.is_grad_enabled() and input.requires_grad:
+            passed: Tensor = _Levels.apply(input, threshold, self.activation_levels, self.straight_through)
+            return passed
+        low, high = self.activation_levels.unbind()
+        return torch.where(input >= threshold, high, low).to(input.dtype)
+
+    @torch.no_grad()
+    def take_levels(self, latent: LatentInput) -> None:
+        """Takes over the threshold and the levels of a latent input, if it is to be binary."""
+        if latent.activation_scale is not None and self.activation_threshold is not None:
+            assert self.activation_levels is not None
+            scale = latent.positive_scale()
+            threshold = activation_threshold(scale, latent.activation_shift, latent.unsigned)
+            self.activation_threshold.copy_(threshold.expand(latent.input_features))
+            self.activation_levels.copy_(torch.cat([torch.zeros_like(scale) if latent.unsigned else -scale, scale]))
+
+    def per_feature(self, values: Tensor) -> Tensor:
+        """`values`, one for each feature, in a shape that broadcasts against an input."""
+        return values.view(-1, *(1,) * (-1 - self.FEATURE_AXIS))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        exact = {name: getattr(self, name) for name in self.FULL_PRECISION}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            if before is not None and getattr(self, name).dtype != torch.float32:
+                setattr(self, name, before.to(getattr(self, name).device))
+        return self
 
 
 class PackedLayer(ExactLayer):
@@ -98,7 +117,6 @@ class PackedLayer(ExactLayer):
     bias: Any
     weight_scale: Tensor
     next_threshold: Tensor | None
-    straight_through: float = 0.0
     takes_bits: bool = False
     """Whether another layer hands bits on to this one (see [`~hf_stompp.fusion.fuse`]); else int32 is refused."""
 
@@ -131,12 +149,7 @@ class PackedLayer(ExactLayer):
             packed.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
         packed.weight.copy_(pack_signs(cls._as_rows(layer.weight)))
         packed.weight_scale.copy_(weight_scale(layer.weight, layer.config.scale).flatten())
-        if layer.activation_scale is not None and packed.activation_threshold is not None:
-            assert packed.activation_levels is not None
-            scale = layer.positive_scale()
-            threshold = activation_threshold(scale, layer.activation_shift, layer.unsigned)
-            packed.activation_threshold.copy_(threshold.expand(layer.input_features))
-            packed.activation_levels.copy_(torch.cat([torch.zeros_like(scale) if layer.unsigned else -scale, scale]))
+        packed.take_levels(layer)
         return packed
 
     @torch.no_grad()
@@ -146,14 +159,6 @@ class PackedLayer(ExactLayer):
         layer.register_parameter("weight", nn.Parameter(self.dequantized_weight()))
         layer.register_parameter("bias", self.bias)
         return layer
-
-    def binary_input(self, input: Tensor) -> Tensor:
-        passes = self.straight_through > 0 and torch.is_grad_enabled() and input.requires_grad
-        if not passes or self.activation_threshold is None or self.activation_levels is None:
-            return super().binary_input(input)
-        threshold = self.activation_threshold.view(-1, *(1,) * (-1 - self.FEATURE_AXIS))
-        levels: Tensor = _Levels.apply(input, threshold, self.activation_levels, self.straight_through)
-        return levels
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         operators.forget(self.weight)
@@ -302,6 +307,46 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
             return operators.conv2d(input, self.operands(), geometry, self.straight_through)
         weight = self.dequantized_weight(input.dtype, as_packed=operators.cover_dense(self.weight, input.dtype))
         return self._conv_forward(self.binary_input(input), weight, self.bias)
+
+
+class PackedActivation(ExactLayer):
+    """The packed [`BinaryActivation`]: one bit a number, told by a threshold for each feature.
+
+    Attributes:
+        shape (`tuple[int, int, int]`): See [`FloatActivation`].
+        activation_threshold, activation_levels, straight_through: See [`PackedLayer`].
+    """
+
+    FULL_PRECISION: ClassVar = ("activation_threshold", "activation_levels")
+
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def empty(cls, activation: FloatActivation | BinaryActivation, device: Any, straight_through: float) -> Self:
+        """A place of the shape of `activation`, whose tensors are still to be filled in."""
+        packed = cls()
+        packed.shape, packed.straight_through = activation.shape, straight_through
+        float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
+        features = packed.shape[0] * packed.shape[2]
+        packed.register_buffer("activation_threshold", torch.zeros(features, **float32))
+        packed.register_buffer("activation_levels", torch.tensor([-1.0, 1.0], **float32))
+        return packed.train(activation.training)
+
+    @classmethod
+    def from_binary(cls, latent: BinaryActivation) -> Self:
+        """Packs a latent activation, taking every feature as frozen."""
+        packed = cls.empty(latent, latent.frozen_fraction.device, latent.config.straight_through)
+        packed.take_levels(latent)
+        return packed
+
+    def per_feature(self, values: Tensor) -> Tensor:
+        return values.view(self.shape)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.binary_input(input)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0] * self.shape[2]}, input_bits=1"
 
 
 class BinaryInput(ExactLayer):

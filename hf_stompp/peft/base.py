@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_stompp.layers import BinaryLayer
+from hf_stompp.layers import LatentInput
 from hf_stompp.patching import TRAINS_BASE, binary_layers
 
 
@@ -78,7 +78,7 @@ def train_base(model: PeftModel) -> PeftModel:
     left |= {
         id(layer.activation_scale)
         for layer in layers.values()
-        if isinstance(layer, BinaryLayer) and not layer.config.learn_activation_scale
+        if isinstance(layer, LatentInput) and not layer.config.learn_activation_scale
     }
     for parameter in without_adapters(model).parameters():
         parameter.requires_grad_(parameter.requires_grad or id(parameter) not in left)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.utils import cached_file, logging
 
 from hf_stompp.checkpoint import read_json, weight_files, whole_folder, write_json
-from hf_stompp.patching import TRAINS_BASE, binary_layers, bits_of, packed_layers
+from hf_stompp.patching import TRAINS_BASE, binary_layers, binary_weights, bits_of, packed_layers
 from hf_stompp.peft.base import without_adapters
 from hf_stompp.sharding import is_sharded
 
@@ -66,7 +66,7 @@ def _save_base(model: Any, folder: Path) -> None:
         raise ValueError(
             f"An adapter is called {FOLDER!r}, as the folder of the base that is trained with it: rename it."
         )
-    if any(is_sharded(layer.weight) for layer in binary_layers(model).values()):
+    if any(is_sharded(layer.weight) for layer in binary_weights(model).values()):
         raise ValueError("A base that FSDP has sharded cannot be saved beside its adapter: train both with DDP.")
     with whole_folder(folder) as draft:
         without_adapters(model).save_pretrained(draft)

@@ -1,5 +1,6 @@
 """`summary`: what is binarized in a model, what is not and why, and where its bytes are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,10 @@ from hf_stompp.layers import PACKED, BinaryEmbedding, BinaryLayer, PackedEmbeddi
 from hf_stompp.packing import packed_length
 from hf_stompp.patching import frozen_fraction, is_packed
 from hf_stompp.selection import LayerPlan, select
-from hf_stompp.tracing import LAYERS
+from hf_stompp.tracing import CONVOLUTIONS, LAYERS, TENSORS
+
+_LEVELS = {True: "{0,+s}", False: "{-s,+s}"}
+"""Unsigned or not → as it is shown."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class LayerSummary:
         name (`str`): Module name, or `norms and others`.
         role (`str`): Role of the layer (see [`~selection.LayerPlan`]), or `embedding`.
         unit (`int`, *optional*): Place in the order of the progression.
-        weight_bits, input_bits (`int`): Bits of weights and inputs when fully frozen and packed.
+        weight_bits, input_bits (`int`): Bits of weights and inputs when fully frozen and packed; 0 for the weights of
+            what has none, as the tensors that attention multiplies.
         levels (`str`): `{-s,+s}` or `{0,+s}` for 1-bit inputs, else empty.
         frozen (`float`, *optional*): Frozen fraction now.
         parameters (`int`): Parameters of the full-precision layer.
@@ -46,11 +51,23 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """The table that [`summary`] returns; `print` it, or read its `rows`."""
+    """The table that [`summary`] returns; `print` it, or read its `rows`.
+
+    Attributes:
+        model (`str`): Its class.
+        rows (`tuple[LayerSummary, ...]`): A row for each layer, table and tensor.
+        frozen_fraction (`float`): Of all weights, now.
+        contract (`str`): What is 1-bit once all is frozen, by which accuracies are compared. `fully binary`: all
+            layers of the encoder with their inputs, what attention multiplies, the pooler if there is one, and the
+            word embeddings, which is what the public binary BERTs mean by W1A1. `linears only` (or `convolutions
+            only`): the layers with their inputs, but not all of the rest. `weights only`: the layers without their
+            inputs. `in part`: some of the layers. `full precision`: none.
+    """
 
     model: str
     rows: tuple[LayerSummary, ...]
     frozen_fraction: float
+    contract: str
 
     @property
     def parameters(self) -> int:
@@ -92,7 +109,7 @@ class Summary:
         rule = "-" * max(map(len, text))
         one_bit = sum(row.parameters for row in self.rows if row.weight_bits == 1)
         end = (
-            f"{self.model}: {one_bit:,} of {self.parameters:,} parameters are 1-bit when frozen; "
+            f"{self.model}: {self.contract}; {one_bit:,} of {self.parameters:,} parameters are 1-bit when frozen; "
             f"{self.float_bytes / self.packed_bytes:.1f}x smaller when packed."
         )
         return "\n".join(line.rstrip() for line in (text[0], rule, *text[1:-1], rule, text[-1], end))
@@ -103,7 +120,7 @@ def _cells(row: LayerSummary) -> tuple[str, ...]:
         row.name,
         row.role,
         "" if row.unit is None else str(row.unit),
-        str(row.weight_bits),
+        str(row.weight_bits or ""),
         str(row.input_bits),
         row.levels,
         "" if row.frozen is None else f"{row.frozen:.0%}",
@@ -137,6 +154,9 @@ def summary(model: Any, config: BinarizationConfig | None = None) -> Summary:
         if isinstance(layer, LAYERS):
             counted |= {id(tensor) for tensor in layer.state_dict(keep_vars=True).values()}
             rows.append(_layer_row(plan, layer, config))
+        elif isinstance(layer, TENSORS):
+            counted |= {id(tensor) for tensor in layer.parameters()}
+            rows.append(_tensor_row(plan, layer))
     rest = {id(p): (name, p) for name, p in model.named_parameters() if id(p) not in counted}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and rest.pop(id(module.weight), False):
@@ -146,7 +166,23 @@ def summary(model: Any, config: BinarizationConfig | None = None) -> Summary:
     statistics = [b for norm in model.modules() if isinstance(norm, _BatchNorm) for b in norm.buffers()]
     rows.append(_rest_row("norms and others", [p for _, p in rest.values()], statistics))
     frozen = 1.0 if is_packed(model) else frozen_fraction(model)
-    return Summary(type(model).__name__, tuple(rows), frozen)
+    convolutional = any(isinstance(model.get_submodule(plan.name), CONVOLUTIONS) for plan in plans.values())
+    return Summary(type(model).__name__, tuple(rows), frozen, _contract(rows, convolutional))
+
+
+def _contract(rows: Sequence[LayerSummary], convolutional: bool) -> str:
+    layers = [row for row in rows if row.role == "encoder"]
+    if all(row.weight_bits > 1 and row.input_bits > 1 for row in layers):
+        return "full precision"
+    if any(row.weight_bits > 1 for row in layers):
+        return "in part"
+    if any(row.input_bits > 1 for row in layers):
+        return "weights only"
+    attention = [row.input_bits for row in rows if row.role == "attention"]
+    others = [row.weight_bits for row in rows if row.role == "pooler" or row.name.endswith("word_embeddings")]
+    if attention and set(attention + others) == {1}:
+        return "fully binary"
+    return "convolutions only" if convolutional else "linears only"
 
 
 def _with_adapters(model: Any, config: BinarizationConfig | None) -> Summary:
@@ -160,7 +196,7 @@ def _with_adapters(model: Any, config: BinarizationConfig | None) -> Summary:
         bits = 8 * max((tensor.element_size() for tensor in weights), default=4)
         role = f"adapter ({kind_of(adapter)})"
         rows.append(LayerSummary(name, role, None, bits, 32, "", None, count, 4 * count, size, "beside the bits"))
-    return Summary(base.model, tuple(rows), base.frozen_fraction)
+    return Summary(base.model, tuple(rows), base.frozen_fraction, base.contract)
 
 
 def _layer_row(plan: LayerPlan, layer: Any, config: BinarizationConfig) -> LayerSummary:
@@ -187,11 +223,30 @@ def _layer_row(plan: LayerPlan, layer: Any, config: BinarizationConfig) -> Layer
         unit=plan.unit,
         weight_bits=1 if binary and config.weights else 8 * layer.weight.element_size(),
         input_bits=1 if binary_input else 32,
-        levels=("{0,+s}" if unsigned else "{-s,+s}") if binary_input else "",
+        levels=_LEVELS[unsigned] if binary_input else "",
         frozen=frozen if binary else None,
         parameters=weights + biases,
         float_bytes=float_bytes,
         packed_bytes=packed_bytes,
+        skipped=plan.skipped,
+    )
+
+
+def _tensor_row(plan: LayerPlan, tensor: Any) -> LayerSummary:
+    """The row of a tensor that attention multiplies: nothing but thresholds and levels."""
+    binary = not plan.skipped
+    frozen = getattr(tensor, "fraction", 1.0) if binary else None
+    return LayerSummary(
+        name=plan.name,
+        role=plan.role,
+        unit=plan.unit,
+        weight_bits=0,
+        input_bits=1 if binary else 32,
+        levels=_LEVELS[plan.unsigned] if binary else "",
+        frozen=frozen,
+        parameters=0,
+        float_bytes=0,
+        packed_bytes=4 * (tensor.shape[0] * tensor.shape[2] + 2) if binary else 0,
         skipped=plan.skipped,
     )
 
