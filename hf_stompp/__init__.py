@@ -14,10 +14,11 @@ from hf_stompp.calibration import calibrate
 from hf_stompp.callback import StomppCallback
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.hub import model_card, push
-from hf_stompp.patching import binarize, pack, unpack
+from hf_stompp.patching import binarize, pack
 from hf_stompp.quantizer import register
 from hf_stompp.report import summary
 from hf_stompp.resuming import last_checkpoint
+from hf_stompp.unpacking import unpack
 from hf_stompp.verification import Verification, verify
 
 register()

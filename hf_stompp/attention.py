@@ -107,6 +107,15 @@ def install(model: PreTrainedModel) -> None:
         model.get_submodule(name).add_module(PLACE, tensors)
 
 
+def with_places(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, if it has places for binary tensors; else a copy of it without data that has them."""
+    if any(isinstance(module, AttentionTensors) for module in model.modules()):
+        return model
+    planned = skeleton(model)
+    install(planned)
+    return planned
+
+
 def check_installed(model: nn.Module) -> None:
     """Refuses a model that has places for binary tensors, and another implementation, which passes them by.
 

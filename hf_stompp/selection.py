@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_stompp.attention import with_places
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.tracing import CONVOLUTIONS, LAYERS, TABLES, TENSORS, Call, Trace, trace
 
@@ -196,14 +197,16 @@ def _decide(plan: LayerPlan, config: BinarizationConfig) -> LayerPlan:
 
 
 def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan]:
-    """Plans every embedding table, linear layer and convolution of the model: tables, then in execution order, then
-    those outside of the base model. All tables are one unit, the first: together they make the input of the first
-    layer.
+    """Plans every embedding table, linear layer and convolution of the model, and, with `attention`, the tensors that
+    attention multiplies: tables, then in execution order, then those outside of the base model. All tables are one
+    unit, the first: together they make the input of the first layer.
 
     Raises:
         ValueError: Nothing is selected, a pattern matches nothing, a tied or unused layer is asked for by name, or
             the model cannot be traced.
     """
+    if config.attention:
+        model = with_places(model)
     found = trace(model, with_head=bool(config.include))
     units, tied = _units(found), tied_modules(model)
     roles, heads = _roles(model, found, units), _heads(model)

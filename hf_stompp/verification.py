@@ -307,9 +307,11 @@ def _check_same_config(here: Mapping[str, Any], again: Mapping[str, Any]) -> Non
 
 
 def _check_modules(config: BinarizationConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Refuses a list of packed modules other than those whose `weight` is bits."""
+    """Refuses a list of packed modules other than those whose `weight` is bits, or that have levels and no weight."""
     packed = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     packed = [name for name in packed if tensors[f"{name}.weight"].dtype == torch.uint8]
+    levels = [name.removesuffix(".activation_levels") for name in tensors if name.endswith(".activation_levels")]
+    packed += [name for name in levels if f"{name}.weight" not in tensors]
     listed = dict(config.modules)
     for module, entry in listed.items():
         check_entry(module, entry)
@@ -330,7 +332,7 @@ def _check_module(
     what: str, entry: Mapping[str, Any], name: str, config: BinarizationConfig, tensors: Mapping[str, Tensor]
 ) -> None:
     """Refuses an entry that says something else of a packed module than its tensors."""
-    if f"{name}.weight_scale" not in tensors:
+    if f"{name}.weight" in tensors and f"{name}.weight_scale" not in tensors:
         raise ValueError(f"{name} is packed, but has no weight_scale in the files.")
     levels = tensors.get(f"{name}.activation_levels")
     if (levels is None) != (f"{name}.activation_threshold" not in tensors):
@@ -341,6 +343,8 @@ def _check_module(
     else:
         sign = None if levels is None else "unsigned" if levels.flatten()[0] == 0 else "signed"
         expected = {**entry, "levels": sign}
+        if f"{name}.weight" not in tensors:
+            expected["features"] = len(tensors[f"{name}.activation_threshold"].flatten())
         if config.activations != (levels is not None):
             raise ValueError(f"{_QUANTIZATION} has activations={config.activations}, but {name} is not like that.")
     if entry != expected:

@@ -57,8 +57,7 @@ def _parser(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, 
     parser = HfArgumentParser(dataclass_types)
     from_file: list[str] = []
     if argv and argv[0].endswith((".yaml", ".yml")):
-        flags = {field.name for cls in parser.dataclass_types for field in dataclasses.fields(cls) if field.init}
-        values = _read_yaml(Path(argv[0]), flags)
+        values = _read_yaml(Path(argv[0]), parser.dataclass_types)
         argv = argv[1:]
         parser.set_defaults(**{key: None for key, value in values.items() if value is None})
         for key, value in values.items():
@@ -66,16 +65,27 @@ def _parser(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, 
     return parser, [*from_file, *argv]
 
 
-def _read_yaml(path: Path, flags: set[str]) -> dict[str, Any]:
+def _read_yaml(path: Path, dataclass_types: Iterable[type]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"recipe: there is no file {str(path)!r}. Pass one of recipes/configs, or flags only.")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: received {values!r}; a recipe is a flat mapping of flags, `learning_rate: 1e-4`.")
+    check_keys(path, values, dataclass_types)
+    return values
+
+
+def check_keys(where: Any, values: Iterable[Any], dataclass_types: Iterable[type]) -> None:
+    """Refuses what is not the name of a flag, and says where it is.
+
+    Example:
+
+        >>> check_keys("recipe.yaml", {"learning_rate": 1e-3}, [TrainingArguments])
+    """
+    flags = {field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in flags:
-            raise ValueError(f"{path}: the key {key!r} is not a flag of this recipe. {_hint(str(key), flags)}")
-    return values
+            raise ValueError(f"{where}: the key {key!r} is not a flag of this recipe. {_hint(str(key), flags)}")
 
 
 def _hint(name: str, flags: Iterable[str]) -> str:

@@ -87,8 +87,9 @@ SPLITS: dict[str, dict[str, Any]] = {
         {"surrogate": "ste", "refresh": 0.3},
         {"surrogate": "none", "progression": "global", "progression_end": 1.0},
         {"surrogate": "none", "activations": False, "progression_end": 1.0},
+        {"surrogate": "ste", "attention": True, "embeddings": True, "pooler": True},
     ],
-    ids=["ste", "ste-free global", "weights only"],
+    ids=["ste", "ste-free global", "weights only", "fully binary"],
 )
 def test_two_processes_train_as_one(config: dict[str, Any], launch: Launch, tmp_path: Path) -> None:
     def run(processes: int, **arguments: Any) -> list[dict[str, Any]]:
@@ -108,6 +109,18 @@ def test_two_processes_train_as_one(config: dict[str, Any], launch: Launch, tmp_
         assert all(len(shape) == 0 or shape == (1, 512) for shape in first["sent"])
         checkpointed = "gradient_checkpointing" in split or not split.get("ddp_find_unused_parameters", True)
         assert first["find_unused"] is (not checkpointed)
+
+
+def test_two_processes_are_taught_as_one(launch: Launch, tmp_path: Path) -> None:
+    def run(processes: int, **arguments: Any) -> list[dict[str, Any]]:
+        config, folder = {"surrogate": "ste", "refresh": 0.3}, str(tmp_path / "run")
+        return launch("train", processes, output_dir=folder, config=config, double=True, taught=True, **arguments)
+
+    (alone,) = run(1, per_device_train_batch_size=GLOBAL_BATCH)
+    for split in ("plain", "gradient accumulation", "activation checkpointing"):
+        first, second = run(2, **SPLITS[split])
+        same(first["state"], second["state"], rtol=0, atol=0)
+        same(alone["state"], first["state"], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("base", ["packed", "latent"])
@@ -162,8 +175,9 @@ SAVING: dict[str, Any] = {
 }
 
 
-def test_a_run_that_is_killed_is_resumed_to_the_same_end(launch: Launch, tmp_path: Path) -> None:
-    arguments = SAVING | {"per_device_train_batch_size": GLOBAL_BATCH}
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_run_that_is_killed_is_resumed_to_the_same_end(taught: bool, launch: Launch, tmp_path: Path) -> None:
+    arguments = SAVING | {"per_device_train_batch_size": GLOBAL_BATCH, "taught": taught}
     (whole,) = launch("train", output_dir=str(tmp_path / "whole"), **arguments)
     assert any("eval_sum" in log for log in whole["history"])
     for fault, resumed_from in FAULTS.items():

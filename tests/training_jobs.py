@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from hf_stompp import BinarizationConfig, StomppCallback, binarize, last_checkpoint, pack
+from hf_stompp.distillation import DistillationTrainer
 from hf_stompp.patching import binary_layers
 
 STEPS, GLOBAL_BATCH = 12, 8
@@ -42,6 +44,11 @@ def make_model(config: dict[str, Any], dropout: float, dtype: torch.dtype = torc
     # Its loss is the mean of its batch; the Trainer takes it for a share of the mean of all batches of a step.
     model.accepts_loss_kwargs = False
     return binarize(model, BinarizationConfig(**config))
+
+
+def make_teacher(student: Any) -> Any:
+    torch.manual_seed(1)
+    return BertForSequenceClassification(student.config).to(student.dtype)
 
 
 def with_adapter(model: Any, base: str) -> Any:
@@ -75,7 +82,10 @@ class Recorder(TrainerCallback):
         self.masks: list[dict[str, torch.Tensor]] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        self.masks.append({name: layer.weight_mask.clone() for name, layer in binary_layers(model).items()})
+        masks = {
+            f"{name}.{kind}": (layer, kind) for name, layer in binary_layers(model).items() for kind in layer.MASKS
+        }
+        self.masks.append({name: getattr(layer, f"{kind}_mask").clone() for name, (layer, kind) in masks.items()})
         if state.is_world_process_zero:
             with open(Path(args.output_dir) / "steps", "ab") as file:
                 file.write(b".")
@@ -88,11 +98,12 @@ def train(
     double: bool = False,
     dropout: float = 0.0,
     adapter_on: str | None = None,
+    taught: bool = False,
     resume: bool = False,
     fault: str | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """A run of the Trainer, which a fault may kill."""
+    """A run of the Trainer, or of the DistillationTrainer, which a fault may kill."""
     defaults: dict[str, Any] = dict(
         max_steps=STEPS, learning_rate=1e-2, weight_decay=0.1, logging_steps=1, save_strategy="no", report_to=[],
         disable_tqdm=True, use_cpu=True,
@@ -101,7 +112,8 @@ def train(
     model, recorder = make_model(config, dropout, torch.float64 if double else torch.float32), Recorder()
     if adapter_on:
         model = with_adapter(model, adapter_on)
-    trainer = Trainer(
+    kind: Any = partial(DistillationTrainer, teacher=make_teacher(model), hidden_weight=1.0) if taught else Trainer
+    trainer = kind(
         model,
         TrainingArguments(output_dir, **(defaults | arguments)),
         train_dataset=make_data(),

@@ -1,6 +1,6 @@
 """Layers: latent (`BinaryLinear`, `BinaryConv2d`, `BinaryEmbedding`, `BinaryActivation`), packed (`PackedLinear`,
-`PackedConv2d`, `PackedEmbedding`, `PackedActivation`), dequantized (`BinaryInputLinear`, `BinaryInputConv2d`); and which of them stands for
-which."""
+`PackedConv2d`, `PackedEmbedding`, `PackedActivation`), dequantized (`BinaryInputLinear`, `BinaryInputConv2d`); and
+which of them stands for which."""
 
 from torch import nn
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hf_stompp.attention import with_places
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.layers import PACKED, BinaryEmbedding, BinaryLayer, PackedEmbedding, PackedLayer
 from hf_stompp.packing import packed_length
@@ -147,6 +148,8 @@ def summary(model: Any, config: BinarizationConfig | None = None) -> Summary:
         return _with_adapters(model, config)
     recorded = getattr(model.config, "quantization_config", None)
     config = recorded if isinstance(recorded, BinarizationConfig) else config or BinarizationConfig()
+    if config.attention:
+        model = with_places(model)
     rows, counted = [], set()
     plans = {plan.name: plan for plan in select(model, config)}
     for plan in plans.values():
