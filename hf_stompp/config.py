@@ -25,6 +25,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resnet-w1a1": {},
     "weights-only": {"activations": False},
     "ste-baseline": {"progression": "none"},
+    "bit-like": {"progression": "none", "scale": "tensor", "clip": 1.0, "clip_weights": False, "replace_gelu": True},
+    "bibert-like": {
+        "progression": "none",
+        "clip": 1.0,
+        "activation_levels": "signed",
+        "learn_activation_scale": False,
+        "learn_activation_shift": False,
+    },
 }
 """What users do → the fields that are not the defaults; see [`BinarizationConfig.preset`]."""
 
@@ -100,7 +108,9 @@ class BinarizationConfig(QuantizationConfigMixin):
         True, "Clip soft weights too; without it all weights pass all gradients (the identity as their STE)."
     )
     activation_levels: Literal["auto", "signed", "unsigned"] = _flag(
-        "auto", "auto: {0, +s} for inputs that come out of ReLU, GELU or softmax, {-s, +s} for all others."
+        "auto",
+        "auto: {0, +s} for inputs that come out of ReLU, GELU or softmax, {-s, +s} for all others. What attention "
+        "multiplies always is auto.",
     )
     learn_activation_scale: bool = _flag(True, "Train the activation scale of each layer (it starts calibrated).")
     learn_activation_shift: bool = _flag(True, "Train a shift for each input feature of layers with signed levels.")
@@ -229,8 +239,13 @@ class BinarizationConfig(QuantizationConfigMixin):
         Args:
             name (`str`): `bert-w1a1`: 1-bit weights and activations of a BERT, GELU replaced by ReLU; `resnet-w1a1`:
                 those of a ResNet; `weights-only`: 1-bit weights under full-precision activations; `ste-baseline`:
-                everything binary from the first step, with the straight-through estimator. The last two leave the GELU
-                of a BERT: to compare like with like, give them `replace_gelu=True` as `bert-w1a1` has.
+                everything binary from the first step, with the straight-through estimator. These two leave the GELU of
+                a BERT: to compare like with like, give them `replace_gelu=True` as `bert-w1a1` has. `bit-like` and
+                `bibert-like`: the rules of BiT (Liu et al., 2022; one scale a matrix, weights without a clip, learned
+                scales and shifts of inputs that pass gradients up to the scale) and of BiBERT (Qin et al., 2022; a
+                scale a row, inputs of two signs, nothing learned about them), in one step. They are to be compared
+                with, and are not those: means of weights are not taken off first, scales begin calibrated, and the
+                probabilities of attention, if binary, come out of a softmax.
             changes: Fields that are otherwise, as `exclude=["*.query"]`.
 
         Raises:

@@ -234,7 +234,8 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
             role = "unused"
         else:
             role = roles.get(name, "encoder")
-        unsigned = {"auto": name in half_rectified, "unsigned": True, "signed": False}[config.activation_levels]
+        levels = "auto" if role == "attention" else config.activation_levels  # all probabilities have one sign
+        unsigned = {"auto": name in half_rectified, "unsigned": True, "signed": False}[levels]
         plans.append(LayerPlan(name, key, role, units.get(name, len(units)), unsigned))
     if not config.modules:  # a selection that was made already may be of a model with another head
         _check_patterns(plans, config)

@@ -261,6 +261,9 @@ def load_model(
                 )
             setattr(config, name, recipe.dropout)
     options: dict[str, Any] = {} if binarization is None else {"quantization_config": binarization}
+    recorded = getattr(config, "quantization_config", None)
+    if binarization is not None and recorded and recorded.get("mode") == "train":
+        del config.quantization_config  # of a stage before, whose rules transformers would take instead of these
     if recipe.attn_implementation is not None:
         options["attn_implementation"] = recipe.attn_implementation
     return AutoModelForSequenceClassification.from_pretrained(source, config=config, **options)

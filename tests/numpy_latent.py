@@ -23,7 +23,7 @@ def _weight(layer: Any) -> np.ndarray:
         return w
     mean = np.abs(w).mean(axis=tuple(range(1, w.ndim)), keepdims=True)
     alpha = np.broadcast_to({"channel": mean, "tensor": np.abs(w).mean(), "none": 1.0}[config.scale], w.shape)
-    clip = np.inf if config.clip is None else config.clip
+    clip = np.inf if config.clip is None or not config.clip_weights else config.clip
     return np.where(layer.weight_mask, np.where(w >= 0, alpha, -alpha), np.clip(w, -clip * alpha, clip * alpha))
 
 

@@ -115,8 +115,14 @@ def test_the_tensors_of_an_attention_are_a_unit_between_its_layers() -> None:
         assert unit[f"encoder.layer.{i}.attention.self.query"] == tensors - 1
         assert unit[f"encoder.layer.{i}.attention.output.dense"] == tensors + 1
     assert set(unit.values()) == set(range(10))
-    levels = [modules[LISTED.format(0, name)]["levels"] for name in NAMES]
-    assert levels == ["signed", "signed", "signed", "unsigned"]
+
+
+@pytest.mark.parametrize("levels", ["auto", "signed", "unsigned"])
+def test_probabilities_alone_are_unsigned(levels: Any) -> None:
+    config = BinarizationConfig(attention=True, activation_levels=levels)
+    modules = binarize(bert(), config).config.quantization_config.modules
+    found = [modules[LISTED.format(0, name)]["levels"] for name in NAMES]
+    assert found == ["signed", "signed", "signed", "unsigned"]
 
 
 def test_what_is_excluded_stays_in_floats() -> None:

@@ -350,6 +350,10 @@ def test_presets() -> None:
     assert weights.weights and not weights.activations
     baseline = BinarizationConfig.preset("ste-baseline")
     assert list(baseline.unit_fractions(1, 100, 3)) == [1.0, 1.0, 1.0] and baseline.surrogate == "ste"
+    bit = BinarizationConfig.preset("bit-like")
+    assert (bit.progression, bit.scale, bit.weight_clip, bit.clip) == ("none", "tensor", None, 1.0)
+    bibert = BinarizationConfig.preset("bibert-like", attention=True)
+    assert (bibert.activation_levels, bibert.learn_activation_shift, bibert.attention) == ("signed", False, True)
     assert BinarizationConfig.preset("weights-only", activations=True) == BinarizationConfig()  # a change wins
 
 

@@ -36,6 +36,7 @@ def features_last(layer: BinaryLayer, x: Tensor) -> Tensor:
 CONFIGS: dict[str, dict[str, Any]] = {
     "default": {},
     "no clip": {"clip": None},
+    "no clip of weights": {"clip_weights": False},
     "weights only": {"activations": False},
     "activations only": {"weights": False},
     "scale of the tensor": {"scale": "tensor"},
@@ -57,14 +58,15 @@ def test_forward_under_every_rule_equals_numpy(
     np.testing.assert_allclose(layer(x).detach().numpy(), forward(layer, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("clip", [1.5, None])
+@pytest.mark.parametrize("clip", [1.5, None, "of inputs"])
 @pytest.mark.parametrize("fraction", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("unsigned", [False, True], ids=["signed", "unsigned"])
 @pytest.mark.parametrize("surrogate", ["none", "ste"])
 def test_gradients_equal_those_of_plain_autograd(
-    surrogate: str, unsigned: bool, fraction: float, clip: float | None, kind: type[nn.Module]
+    surrogate: str, unsigned: bool, fraction: float, clip: Any, kind: type[nn.Module]
 ) -> None:
-    layer = make_layer(kind, surrogate=surrogate, unsigned=unsigned, clip=clip).double()
+    clipped = {"clip": 1.5, "clip_weights": False} if clip == "of inputs" else {"clip": clip}
+    layer = make_layer(kind, surrogate=surrogate, unsigned=unsigned, **clipped).double()
     layer.set_frozen(fraction, 3)
     x = make_inputs(kind).double().requires_grad_()
     y = layer(x)
@@ -89,7 +91,7 @@ def test_gradients_equal_those_of_plain_autograd(
 
 def plain_gradients(layer: BinaryLayer, upstream: Tensor) -> dict[str, Tensor]:
     """By autograd, from the formulas."""
-    clip, straight = layer.config.clip, layer.config.surrogate == "ste"
+    config, straight = layer.config, layer.config.surrogate == "ste"
     kind, features = (nn.Conv2d, (-1, 1, 1)) if isinstance(layer, nn.Conv2d) else (nn.Linear, (-1,))
     x, w, scale = (
         t.detach().clone().requires_grad_() for t in (make_inputs(kind).double(), layer.weight, layer.activation_scale)
@@ -99,7 +101,7 @@ def plain_gradients(layer: BinaryLayer, upstream: Tensor) -> dict[str, Tensor]:
         leaves["shift"] = layer.activation_shift.detach().clone().requires_grad_()
     alpha = w.detach().abs().flatten(1).mean(dim=1).float().double().view(-1, *(1,) * (w.dim() - 1))
 
-    def mixture(value: Tensor, scale: Tensor, mask: Tensor, low: float, straight: bool) -> Tensor:
+    def mixture(value: Tensor, scale: Tensor, mask: Tensor, low: float, clip: float | None, straight: bool) -> Tensor:
         soft = value if clip is None else torch.minimum(torch.maximum(value, clip * low * scale), clip * scale)
         upper = value.detach() >= (0 if low else scale.detach() / 2)
         hard = torch.where(upper, scale, low * scale)
@@ -107,10 +109,10 @@ def plain_gradients(layer: BinaryLayer, upstream: Tensor) -> dict[str, Tensor]:
         return torch.where(mask, soft + (hard - soft).detach() if straight else hard, soft)
 
     def output(straight: bool) -> Tensor:
-        weight = mixture(w, alpha, layer.weight_mask, -1.0, straight)
+        weight = mixture(w, alpha, layer.weight_mask, -1.0, config.clip if config.clip_weights else None, straight)
         centred = x - leaves["shift"].view(features) if "shift" in leaves else x
         low = 0.0 if layer.unsigned else -1.0
-        value = mixture(centred, scale, layer.activation_mask.view(features), low, straight)
+        value = mixture(centred, scale, layer.activation_mask.view(features), low, config.clip, straight)
         if kind is nn.Linear:
             return nn.functional.linear(value, weight, layer.bias.detach())
         return nn.functional.conv2d(value, weight, layer.bias.detach(), **CONV)

@@ -246,6 +246,22 @@ def test_a_student_of_a_teacher(
             run("sst2", sst2_folder, *BINARY, *flags, "--hidden_weight", "1")
 
 
+def test_a_second_stage_has_rules_of_its_own(
+    run: Callable[..., dict[str, Any]], sst2_folder: Path, tmp_path: Path
+) -> None:
+    first = run("sst2", sst2_folder, *BINARY, "--no_activations", output="first")
+    second = run("sst2", sst2_folder, *BINARY, "--model_name_or_path", str(tmp_path / "first"), output="second")
+    assert [each["binarization"]["activations"] for each in (first, second)] == [False, True]
+    one, other = (load_file(tmp_path / stage / "model.safetensors") for stage in ("first", "second"))
+    scales = [name for name in other if name.endswith("activation_scale")]
+    assert len(scales) == 12 and not set(scales) & set(one)
+    assert all(other[name.replace("activation_scale", "calibrated")] for name in scales)
+    assert len(packed_layers(AutoModelForSequenceClassification.from_pretrained(tmp_path / "second" / "packed"))) == 12
+    # It began with the weights of the first one: four steps of 1e-3 at most away from them.
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert 0 < (one[name] - other[name]).abs().max() < 5e-3
+
+
 def test_synthetic_demo_ends_with_a_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = "--max_train_samples 32 --max_eval_samples 8".split()
     run_glue.main(["--task_name", "synthetic", *QUICK, *QUIET, *BINARY, *sizes, "--output_dir", str(tmp_path)])
