@@ -113,8 +113,8 @@ class DistillationTrainer(Trainer):
         return self.teacher(**asked, output_hidden_states=hidden)
 
 
-def loaded_teacher(teacher: Any) -> Any:
-    """The model, or what its folder or Hub id stands for.
+def loaded_teacher(teacher: Any, **options: Any) -> Any:
+    """The model, or what its folder or Hub id stands for; `options` are those of `from_pretrained`.
 
     Raises:
         TypeError: It is neither.
@@ -125,7 +125,7 @@ def loaded_teacher(teacher: Any) -> Any:
     if not isinstance(teacher, (str, os.PathLike)):
         raise TypeError(f"teacher: received {type(teacher).__name__}; allowed: a model, its folder or its Hub id.")
     try:
-        return AutoModelForSequenceClassification.from_pretrained(teacher)
+        return AutoModelForSequenceClassification.from_pretrained(teacher, **options)
     except OSError as error:
         raise OSError(f"teacher: {str(teacher)!r} could not be loaded: {error}") from error
 

@@ -39,7 +39,7 @@ import synthetic
 from adapters import AdapterArguments, add_adapter, score_adapter, write_card
 from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
-from hf_stompp.distillation import DistillationTrainer, with_teacher_logits
+from hf_stompp.distillation import DistillationTrainer, loaded_teacher, with_teacher_logits
 from hf_stompp.patching import binary_layers, is_packed
 from hf_stompp.scoring import decide
 from recipe_flags import parse_recipe
@@ -184,8 +184,10 @@ def make_trainer(
     """The Trainer of a model, or of those that `model_init` makes."""
     kind: Any = Trainer
     if recipe.teacher:
-        names = ("teacher", "temperature", "logits_weight", "hidden_weight", "labels_weight")
-        kind = partial(DistillationTrainer, **{name: getattr(recipe, name) for name in names})
+        names = ("temperature", "logits_weight", "hidden_weight", "labels_weight")
+        kind = partial(
+            DistillationTrainer, teacher=load_teacher(recipe), **{name: getattr(recipe, name) for name in names}
+        )
     trainer: Trainer = kind(
         model,
         args,
@@ -199,9 +201,15 @@ def make_trainer(
     return trainer
 
 
+def load_teacher(recipe: RecipeArguments) -> PreTrainedModel:
+    """It attends as the student does, which for short texts on a CPU is a tenth of a step."""
+    given = recipe.attn_implementation
+    return loaded_teacher(recipe.teacher, **({} if given is None else {"attn_implementation": given}))
+
+
 def taught(recipe: RecipeArguments, args: TrainingArguments, prepared: Prepared) -> Any:
     """The training set with what the teacher says of it; one process of a machine asks it."""
-    teacher = AutoModelForSequenceClassification.from_pretrained(recipe.teacher).to(args.device)
+    teacher = load_teacher(recipe).to(args.device)
     with args.main_process_first(desc="the teacher"):
         return with_teacher_logits(prepared.data["train"], teacher, DataCollatorWithPadding(prepared.tokenizer))
 
