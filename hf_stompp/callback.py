@@ -12,13 +12,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from hf_stompp.attention import check_installed
 from hf_stompp.calibration import Calibration
 from hf_stompp.callers import calling_handler, calling_trainer
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import LatentInput, LatentLayer, LatentWeight
-from hf_stompp.patching import TRAINS_BASE, binary_layers, frozen_fraction, is_packed, keep_masks_home
+from hf_stompp.patching import binary_layers, frozen_fraction, keep_masks_home
+from hf_stompp.preflight import check_schedule, check_sharding
 from hf_stompp.probes import Probes
 from hf_stompp.report import TrainingLog, plot
 from hf_stompp.sampling import calibration_batches
@@ -104,7 +104,7 @@ class StomppCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         self._layers, self._processes = binary_layers(model), args.world_size
         check_schedule(model, state.max_steps)
-        _check_sharding(self._weights)
+        check_sharding(self._weights)
         self._check_deepspeed(args)
         self._check_start(state, frozen_fraction(model))
         _go_first(self)
@@ -283,10 +283,11 @@ class StomppCallback(TrainerCallback, ExportableState):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        fraction = frozen_fraction(kwargs["model"])
+        # Not those of the schedule: another checkpoint may have been loaded.
+        fraction = min((layer.fraction for layer in binary_layers(kwargs["model"]).values()), default=1.0)
         if fraction < 1 and not self._config.never_freezes:
             logger.warning(
-                f"Training ended at step {state.global_step} of {state.max_steps} with a frozen fraction of "
+                f"Training ended at step {state.global_step} of {state.max_steps} with a unit that is frozen by "
                 f"{fraction:.3f}: the model is not binary and pack() will refuse it. Resume the run if it was stopped "
                 "early; if load_best_model_at_end chose a checkpoint from before the end, take the last one."
             )
@@ -325,69 +326,11 @@ def _show_in_tensorboard(state: TrainerState) -> None:
         writer.add_figure("stompp/dynamics", figure, global_step=state.global_step)
 
 
-def check_schedule(model: nn.Module, max_steps: int) -> None:
-    """Refuses a model that is not binarized, or a schedule that cannot finish in `max_steps`."""
-    layers = binary_layers(model)
-    if is_packed(model):
-        raise ValueError(
-            f"StomppCallback has nothing to schedule in this {type(model).__name__}, which is packed. To train an "
-            "adapter on it, leave the callback out; to train its bits on, take unpack(model)."
-        )
-    if hasattr(model, "peft_config") and not getattr(model, TRAINS_BASE, False):
-        raise ValueError(
-            f"StomppCallback changes the base of this {type(model).__name__}, which would be saved nowhere: call "
-            "hf_stompp.peft.train_base(model) before you make the Trainer."
-        )
-    if not layers:
-        raise ValueError(
-            f"StomppCallback found no binarized layer in this {type(model).__name__}. Load the model with "
-            "`from_pretrained(..., quantization_config=BinarizationConfig(...))`, or call `binarize(model, config)`, "
-            "before building the Trainer."
-        )
-    check_installed(model)
-    config = next(iter(layers.values())).config
-    recorded = getattr(getattr(model, "config", None), "quantization_config", None)
-    if recorded is not None and dict(recorded) != dict(config):
-        changed = sorted(key for key, value in dict(recorded).items() if dict(config).get(key) != value)
-        raise ValueError(
-            "model.config.quantization_config differs from the config that the model was binarized with, in "
-            f"{changed}. Load the model again with the config that you mean."
-        )
-    units = 1 + max(layer.unit for layer in layers.values())
-    steps = int(max_steps * config.progression_end) - int(max_steps * config.progression_start)
-    if config.progression == "layerwise" and steps < units:
-        raise ValueError(
-            f"The schedule cannot finish: {units} units have to freeze one by one, but the progression from "
-            f"{config.progression_start} to {config.progression_end} of max_steps={max_steps} is {steps} steps. Train "
-            f"for longer, widen progression_start and progression_end, or use progression='global'."
-        )
-    last = config.unit_fractions(max_steps, max_steps, units)
-    if config.progression == "none" and min(last) < 1 and not config.never_freezes:
-        raise ValueError(
-            f"The schedule cannot finish: no step of max_steps={max_steps} comes after progression_start="
-            f"{config.progression_start}. Train for longer, start earlier, or set it to 1.0 to never freeze anything."
-        )
-    if config.progression == "global" and steps < 1:
-        raise ValueError(
-            f"The schedule cannot finish: max_steps={max_steps} leaves no step between progression_start="
-            f"{config.progression_start} and progression_end={config.progression_end}. Train for longer."
-        )
-
-
 def _comparable(config: BinarizationConfig) -> dict[str, Any]:
     """The config as JSON gives it back, without what training does not depend on."""
     apart = ("modules", "folded", "unknown", "format_version", "mode", "embedding_bits")
     content: dict[str, Any] = json.loads(json.dumps({k: v for k, v in dict(config).items() if k not in apart}))
     return content
-
-
-def _check_sharding(layers: dict[str, LatentWeight]) -> None:
-    for name, layer in layers.items():
-        if layer.weight.dim() < 2 or layer.weight.numel() == 0:
-            raise ValueError(
-                f"{name} has a weight of shape {tuple(layer.weight.shape)}: it is sharded as by FSDP 1 or ZeRO stage "
-                "3, under which masks do not follow their weights; allowed: DDP, FSDP2 (fsdp_version: 2), ZeRO 2."
-            )
 
 
 def _go_first(callback: StomppCallback) -> None:

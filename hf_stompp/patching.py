@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging
 
-from hf_stompp.attention import check_installed
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.folding import fold, foldable
 from hf_stompp.layers import (
@@ -149,8 +148,7 @@ def binarize(model: PreTrainedModel, config: BinarizationConfig | None = None) -
         if isinstance(module, nn.Embedding):
             layer = BinaryEmbedding.from_float(module, config, key=plan.key, unit=plan.unit)
         elif isinstance(module, FloatActivation):
-            place = {"key": plan.key, "unit": plan.unit, "unsigned": plan.unsigned, "device": model.device}
-            layer = BinaryActivation.from_float(module, config, **place)
+            layer = BinaryActivation.from_float(module, config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned)
         else:
             kind = BINARY[type(module)]
             layer = kind.from_float(module, config, key=plan.key, unit=plan.unit, unsigned=plan.unsigned)
@@ -320,7 +318,6 @@ def _check_packable(model: PreTrainedModel) -> BinarizationConfig:
             f"pack takes a fully frozen model, but the frozen fraction of this one is {frozen_fraction(model):.4f} "
             f"({name} has {layer.fraction:.4f}). Train to the end of the progression."
         )
-    check_installed(model)
     return config
 
 

@@ -104,9 +104,9 @@ class StomppHfQuantizer(HfQuantizer):
         remove(model, _folded_modules(model, config))
         layers, tables = _packed_modules(model, checkpoint_files, config)
         rewire(model, set(layers), config)
-        for name in _packed_tensors(model, config):
-            activation = PackedActivation.empty(model.get_submodule(name), model.device, config.straight_through)
-            model.set_submodule(name, activation)
+        for name in _packed_tensors(model, checkpoint_files, config):
+            place = model.get_submodule(name)
+            model.set_submodule(name, PackedActivation.empty(place, place.device, config.straight_through))
         for name, binary_input in layers.items():
             layer = model.get_submodule(name)
             model.set_submodule(name, PACKED[type(layer)].empty(layer, binary_input, config.straight_through))
@@ -190,7 +190,9 @@ def _fill_added(name: str, layer: nn.Module, missing_allowed: bool) -> None:
     }
     for key, value in start.items():
         tensor = getattr(layer, key, None)
-        if tensor is None or getattr(tensor, "_is_hf_initialized", False):
+        # What a stage before has frozen and calibrated, by rules of its own, is to be so anew.
+        kept = not missing_allowed or key in ("activation_scale", "activation_shift")
+        if tensor is None or (kept and getattr(tensor, "_is_hf_initialized", False)):
             continue
         if not missing_allowed:
             raise ValueError(f"The latent checkpoint has no tensor {name}.{key}: it is incomplete. Save it again.")
@@ -240,15 +242,39 @@ def _packed_modules(
     return {name: "activation_threshold" in found[name] for name in found if name not in tables}, tables
 
 
-def _packed_tensors(model: PreTrainedModel, config: BinarizationConfig) -> list[str]:
-    """The tensors of attention that are packed, in the places that `rewire` has made for them."""
+def _packed_tensors(model: PreTrainedModel, files: list[str] | None, config: BinarizationConfig) -> list[str]:
+    """The tensors of attention that are packed, in the places that `rewire` has made for them. Both the config and
+    the checkpoint say which they are."""
+    listed = {key: entry for key, entry in config.modules.items() if "features" in entry}
     found = []
-    for key, entry in config.modules.items():
-        name = _named(model, key, FloatActivation) if "features" in entry else None
-        if name is not None:
-            check_features(name, model.get_submodule(name), entry)
-            found.append(name)
+    for key, entry in listed.items():
+        name = _named(model, key, FloatActivation)
+        if name is None:
+            raise ValueError(
+                f"quantization_config.modules in config.json lists {key!r} with features, which is no place for a "
+                f"tensor of attention in this {type(model).__name__}, with attention={config.attention}: the config "
+                "is of another model, or corrupted. Save or download it again."
+            )
+        check_features(name, model.get_submodule(name), entry)
+        found.append(name)
+    for module in _without_weight(files or []):
+        if not any(f".{module}".endswith(f".{key}") for key in listed):
+            raise ValueError(
+                f"The packed checkpoint has the levels of {module}, but quantization_config.modules in its "
+                "config.json does not list it: one of the two is corrupted. Save or download it again."
+            )
     return found
+
+
+def _without_weight(files: list[str]) -> list[str]:
+    """What has levels in a checkpoint, and no weight."""
+    keys: set[str] = set()
+    for file in files:
+        if file.endswith(".safetensors"):
+            with safe_open(file, framework="pt") as checkpoint:  # has been read once, and is no broken one
+                keys |= set(checkpoint.keys())
+    modules = (key.removesuffix(".activation_levels") for key in keys if key.endswith(".activation_levels"))
+    return sorted(module for module in modules if f"{module}.weight" not in keys)
 
 
 def _folded_modules(model: PreTrainedModel, config: BinarizationConfig) -> list[str]:

@@ -240,7 +240,7 @@ def select(model: PreTrainedModel, config: BinarizationConfig) -> list[LayerPlan
     if not config.modules:  # a selection that was made already may be of a model with another head
         _check_patterns(plans, config)
     plans = [_decide(plan, config) for plan in plans]
-    if all(plan.skipped for plan in plans):
+    if all(plan.skipped or plan.role == "attention" for plan in plans):
         raise ValueError(
             f"BinarizationConfig selects none of the {len(plans)} layers and embedding tables of "
             f"{type(model).__name__} (include={config.include}, exclude={config.exclude}). Only nn.Linear, nn.Conv2d "

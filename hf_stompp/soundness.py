@@ -55,7 +55,7 @@ def check_shape(name: str, layer: nn.Module, entry: dict[str, Any]) -> None:
 
 
 def check_features(name: str, activation: FloatActivation, entry: dict[str, Any]) -> None:
-    features = activation.shape[0] * activation.shape[2]
+    features = activation.input_features
     if entry["features"] != features or entry["levels"] is None:
         raise ValueError(
             f"quantization_config.modules in config.json has {entry} for {name}, which has {features} features and "

@@ -228,20 +228,29 @@ def trace(model: PreTrainedModel, with_head: bool = False) -> Trace:
             if isinstance(module, (*LAYERS, *TENSORS, *TABLES, *_ACTIVATION_MODULES, _BatchNorm)):
                 for handle in found.watch(name, module):
                     hooks.callback(handle.remove)
-        try:
-            if with_head:
-                copied(**inputs)
-            elif isinstance(copied.base_model, PreTrainedModel):
-                copied.base_model(**inputs)
-            else:  # one of timm, head and all, in a wrapper
-                copied.base_model(*inputs.values())
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-            raise ValueError(
-                f"{type(model).__name__} could not be run on its meta skeleton, with {given}, so its layers have no "
-                f"order: {error}"
-            ) from error
+        execute(copied, inputs, with_head)
     return found
+
+
+def execute(copied: PreTrainedModel, inputs: dict[str, Tensor], with_head: bool = False) -> None:
+    """Runs a skeleton's base model, or all of it.
+
+    Raises:
+        ValueError: It cannot be run.
+    """
+    try:
+        if with_head:
+            copied(**inputs)
+        elif isinstance(copied.base_model, PreTrainedModel):
+            copied.base_model(**inputs)
+        else:  # one of timm, head and all, in a wrapper
+            copied.base_model(*inputs.values())
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+        raise ValueError(
+            f"{type(copied).__name__} could not be run on its meta skeleton, with {given}, so its layers have no "
+            f"order: {error}"
+        ) from error
 
 
 def activations_feeding(model: PreTrainedModel, names: set[str]) -> list[str]:

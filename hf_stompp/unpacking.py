@@ -1,7 +1,7 @@
 """`unpack`: a latent model out of a packed one."""
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -69,18 +69,22 @@ def unpack(model: PreTrainedModel) -> PreTrainedModel:
 def _to_binary(layer: PackedLayer, config: BinarizationConfig, key: str) -> BinaryLayer:
     levels = layer.activation_levels
     unsigned = levels is not None and levels[0].item() == 0
-    if key not in config.modules:
-        raise ValueError(f"model.config.quantization_config.modules does not list {key!r}, so its unit is not known.")
-    unit, floats = config.modules[key]["unit"], layer.to_float()
+    unit, floats = _unit(config, key), layer.to_float()
     binary = BINARY[type(floats)].from_float(floats, config, key=key, unit=unit, unsigned=unsigned)
     return _as_packed(binary, layer)
 
 
+def _unit(config: BinarizationConfig, key: str) -> int:
+    if key not in config.modules:
+        raise ValueError(f"model.config.quantization_config.modules does not list {key!r}, so its unit is not known.")
+    unit: int = config.modules[key]["unit"]
+    return unit
+
+
 def _to_binary_activation(packed: PackedActivation, config: BinarizationConfig, key: str) -> BinaryActivation:
     assert packed.activation_levels is not None
-    place: dict[str, Any] = {"unit": config.modules[key]["unit"], "device": packed.activation_levels.device}
-    unsigned = packed.activation_levels[0].item() == 0
-    binary = BinaryActivation.from_float(FloatActivation(packed.shape), config, key=key, unsigned=unsigned, **place)
+    place, unsigned = FloatActivation(packed.shape, packed.activation_levels.device), packed.activation_levels[0] == 0
+    binary = BinaryActivation.from_float(place, config, key=key, unit=_unit(config, key), unsigned=bool(unsigned))
     return _as_packed(binary, packed)
 
 

@@ -1,6 +1,8 @@
 """1-bit attention: its formula in numpy, its units, its gradients, its packed copy, and which models it takes."""
 
 import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     Trainer,
@@ -27,12 +33,12 @@ from transformers import (
 
 from hf_stompp import BinarizationConfig, StomppCallback, binarize, calibrate, pack, summary, unpack, verify
 from hf_stompp.attention import IMPLEMENTATION, attend
-from hf_stompp.callback import check_schedule
+from hf_stompp.fusion import fuse
 from hf_stompp.layers import BinaryActivation, FloatActivation
 from hf_stompp.patching import binary_layers, bits_of, packed_activations
 
 HEADS, WIDTH = 2, 4
-NAMES = ("query", "key", "value", "probabilities")
+NAMES = ("queries", "keys", "values", "probabilities")
 SHAPE: dict[str, Any] = dict(
     vocab_size=50, hidden_size=HEADS * WIDTH, num_hidden_layers=2, num_attention_heads=HEADS, intermediate_size=16,
     max_position_embeddings=16, initializer_range=0.5,
@@ -88,12 +94,12 @@ def test_attention_is_its_formula(fraction: float) -> None:
     ours = {
         name: of_numpy(getattr(places, name), t.double().numpy()) for name, t in zip(NAMES, (q, k, v), strict=False)
     }
-    scores = 0.7 * ours["query"] @ ours["key"].swapaxes(2, 3) + mask.double().numpy()
+    scores = 0.7 * ours["queries"] @ ours["keys"].swapaxes(2, 3) + mask.double().numpy()
     powers = np.exp(scores - scores.max(-1, keepdims=True))
     soft = powers / powers.sum(-1, keepdims=True)
     hard = of_numpy(places.probabilities, soft)
     np.testing.assert_allclose(probabilities.detach().numpy(), hard, atol=1e-6)
-    np.testing.assert_allclose(found.detach().numpy(), (hard @ ours["value"]).swapaxes(1, 2), atol=1e-5)
+    np.testing.assert_allclose(found.detach().numpy(), (hard @ ours["values"]).swapaxes(1, 2), atol=1e-5)
     if fraction == 1.0:  # two levels each, and what is padding takes no part
         assert len(np.unique(hard)) == 2 and (hard[1, ..., 3:] == 0).all()
 
@@ -138,8 +144,8 @@ def test_frozen_tensors_pass_gradients_with_ste_alone(surrogate: str) -> None:
     model = one_bit(surrogate=surrogate)
     x = torch.randn(1, HEADS, 3, WIDTH, requires_grad=True)
     places = model.bert.encoder.layer[0].attention.self.binary_attention
-    places.query(x).sum().backward()
-    latent = places.query
+    places.queries(x).sum().backward()
+    latent = places.queries
     shift = latent.activation_shift.detach().view(HEADS, 1, WIDTH)
     inside = ((x.detach() - shift).abs() <= 2 * latent.activation_scale.item()).float()
     assert torch.equal(x.grad, inside if surrogate == "ste" else torch.zeros_like(x))
@@ -153,10 +159,10 @@ def test_calibration_leaves_padding_out() -> None:
     model = binarize(bert(), BinarizationConfig(attention=True))
     seen: list[Tensor] = []
     places = model.bert.encoder.layer[0].attention.self.binary_attention
-    places.value.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    places.values.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     calibrate(model, batch())
     values = seen[0].transpose(1, 2)[batch()["attention_mask"].bool()]
-    assert places.value.activation_scale.item() == pytest.approx(values.abs().mean().item(), rel=1e-6)
+    assert places.values.activation_scale.item() == pytest.approx(values.abs().mean().item(), rel=1e-6)
 
 
 def test_packed_loaded_and_unpacked_it_computes_the_same(tmp_path: Path) -> None:
@@ -171,7 +177,7 @@ def test_packed_loaded_and_unpacked_it_computes_the_same(tmp_path: Path) -> None
         torch.testing.assert_close(other, logits[0], rtol=0, atol=1e-6)
     assert len(packed_activations(loaded)) == 8 and verify(tmp_path).ok
     assert bits_of(loaded) == bits_of(packed)
-    loaded.bert.encoder.layer[1].attention.self.binary_attention.key.activation_threshold[0] += 1
+    loaded.bert.encoder.layer[1].attention.self.binary_attention.keys.activation_threshold[0] += 1
     assert bits_of(loaded) != bits_of(packed)
 
 
@@ -187,7 +193,7 @@ def test_a_latent_checkpoint_loads_as_it_was(tmp_path: Path) -> None:
 def test_a_checkpoint_without_sound_thresholds_is_refused(fault: str, tmp_path: Path) -> None:
     pack(one_bit()).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    name = "bert." + LISTED.format(1, "key")
+    name = "bert." + LISTED.format(1, "keys")
     if fault == "missing":
         del tensors[f"{name}.activation_threshold"]
     elif fault == "infinite":
@@ -195,9 +201,37 @@ def test_a_checkpoint_without_sound_thresholds_is_refused(fault: str, tmp_path: 
     else:
         tensors[f"{name}.activation_levels"][0] = 0.1
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"binary_attention\.key"):
+    with pytest.raises(ValueError, match=r"binary_attention\.keys"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
     assert not verify(tmp_path).ok
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "not set": lambda config: config.update(attention=False),
+    "one is not listed": lambda config: config["modules"].pop(LISTED.format(1, "keys")),
+    "none is listed": lambda config: [config["modules"].pop(LISTED.format(i, n)) for i in range(2) for n in NAMES],
+    "another layer": lambda config: config["modules"].update(
+        {LISTED.format(7, "keys"): config["modules"].pop(LISTED.format(1, "keys"))}
+    ),
+    "features": lambda config: config["modules"][LISTED.format(1, "keys")].update(features=4),
+    "levels": lambda config: config["modules"][LISTED.format(1, "keys")].update(levels=None),
+}
+
+
+@pytest.mark.parametrize("edit", list(EDITS))
+def test_a_config_that_tells_another_attention_is_refused(edit: str, tmp_path: Path) -> None:
+    pack(one_bit()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    EDITS[edit](config["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"quantization_config\.modules .*(corrupted|of another model)"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not verify(tmp_path).ok
+
+
+def test_attention_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="selects none of the"):
+        binarize(bert(), BinarizationConfig(attention=True, exclude=["*.dense", "*.self.query", "*.key", "*.value"]))
 
 
 def test_it_trains_to_the_end_and_packs(tmp_path: Path) -> None:
@@ -216,12 +250,131 @@ def test_it_trains_to_the_end_and_packs(tmp_path: Path) -> None:
         torch.testing.assert_close(pack(model)(**batch()).logits, model.eval()(**batch()).logits, rtol=0, atol=1e-6)
 
 
-def test_another_implementation_is_noticed() -> None:
-    model = one_bit()
-    model.set_attn_implementation("eager")
-    for look in (pack, lambda each: check_schedule(each, 100)):
-        with pytest.raises(ValueError, match=rf"set to 'eager'.*set_attn_implementation\('{IMPLEMENTATION}'\)"):
-            look(model)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_another_implementation_is_refused(implementation: str) -> None:
+    latent = one_bit()
+    packed = pack(latent)
+    message = rf"BertSelfAttention .* set to '{implementation}'.*set_attn_implementation\('{IMPLEMENTATION}'\)"
+    for model in (latent, packed):
+        model.set_attn_implementation(implementation)
+        with pytest.raises(ValueError, match=message):
+            model(**batch())
+        model.set_attn_implementation(IMPLEMENTATION)
+        model(**batch())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", IMPLEMENTATION, None])
+def test_whatever_is_asked_for_in_loading_it_attends_in_bits(implementation: str | None, tmp_path: Path) -> None:
+    for model, folder in ((one_bit(), "latent"), (pack(one_bit()), "packed")):
+        model.save_pretrained(tmp_path / folder)
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / folder, attn_implementation=implementation
+        )
+        with torch.no_grad():
+            assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+
+
+def test_models_that_are_looked_at_meanwhile_do_not_disturb() -> None:
+    """Tracing must not change what another thread's model attends by."""
+    serving, found = pack(one_bit()), []
+    with torch.no_grad():
+        expected = serving(**batch()).logits
+
+    def serve(*_: Any) -> None:
+        with torch.no_grad(), torch.utils._python_dispatch._disable_current_modes():
+            found.append(serving(**batch()).logits)
+
+    other = bert()
+    other.bert.encoder.layer[1].attention.self.register_forward_pre_hook(serve)
+    summary(other, BinarizationConfig(attention=True))
+    assert len(found) >= 2 and all(torch.equal(logits, expected) for logits in found)
+
+
+def test_dropout_leaves_thresholds_alone() -> None:
+    module = one_bit(bert(attention_probs_dropout_prob=0.5)).bert.encoder.layer[0].attention.self
+    q, k, v = torch.randn(3, 8, HEADS, 16, WIDTH, generator=torch.Generator().manual_seed(4)).unbind()
+    with torch.no_grad():
+        module.binary_attention.probabilities.activation_scale.fill_(0.15)
+        _, evaluated = attend(module, q, k, v, None, dropout=0.5)
+        _, trained = attend(module.train(), q, k, v, None, dropout=0.5)
+    ones = evaluated > 0
+    assert 0.2 < ones.float().mean() < 0.5
+    assert not (trained > 0)[~ones].any()
+    kept = trained[ones] > 0
+    assert 0.4 < kept.float().mean() < 0.6 and torch.allclose(trained[ones][kept], torch.tensor(0.3))
+
+
+def test_a_row_that_is_all_padding_makes_numbers() -> None:
+    inputs = batch()
+    inputs["attention_mask"][2] = 0
+    with torch.no_grad():
+        assert pack(one_bit())(**inputs).logits.isfinite().all()
+
+
+def test_with_and_without_a_head(tmp_path: Path) -> None:
+    packed = pack(one_bit())
+    packed.save_pretrained(tmp_path / "head")
+    base = AutoModel.from_pretrained(tmp_path / "head").eval()
+    with torch.no_grad():
+        expected = packed.bert(**batch()).last_hidden_state
+        assert torch.equal(base(**batch()).last_hidden_state, expected)
+        base.save_pretrained(tmp_path / "base")
+        again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+        assert torch.equal(again.bert(**batch()).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_what_decides_on_bits(dtype: torch.dtype, tmp_path: Path) -> None:
+    packed = pack(one_bit())
+    packed.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype)
+    for name, activation in packed_activations(loaded).items():
+        ours = packed_activations(packed)[name]
+        assert activation.activation_threshold.dtype == torch.float32
+        assert torch.equal(activation.activation_threshold, ours.activation_threshold)
+    assert loaded(**batch()).logits.dtype == dtype
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = one_bit(fraction=0.5).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model(**batch(), labels=torch.tensor([0, 1, 0])).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert any("binary_attention" in name and grad.any() for name, grad in found[0].items())
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+def test_it_is_compiled_exported_dequantized_and_fused() -> None:
+    packed, inputs = pack(one_bit()), batch()
+    with torch.no_grad():
+        expected = packed(**inputs).logits
+        exported = torch.export.export(packed, (), inputs).module()(**inputs).logits
+        compiled = torch.compile(packed, backend="eager", fullgraph=True)(**inputs).logits
+        torch._dynamo.reset()
+        fused = copy.deepcopy(packed)
+        fuse(fused)
+        others = [exported, compiled, fused(**inputs).logits, copy.deepcopy(packed).dequantize()(**inputs).logits]
+    for logits in others:
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [None, ["query", "value"], "all-linear"])
+def test_adapters_find_the_layers(targets: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    packed = pack(one_bit())
+    adapted = peft.get_peft_model(packed, peft.LoraConfig(r=2, target_modules=targets, task_type="SEQ_CLS"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(5))
+    adapted(**batch(), labels=torch.tensor([0, 1, 0])).loss.backward()
+    lowest = [p.grad for name, p in adapted.named_parameters() if "layer.0.attention.self.query.lora_A" in name]
+    assert lowest and all(grad.any() for grad in lowest)  # through all that is binary above
 
 
 FAMILIES = {
@@ -282,6 +435,7 @@ CONTRACTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "layers": ({}, "linears only"),
     "weights": ({"activations": False}, "weights only"),
+    "inputs": ({"weights": False}, "inputs only"),
     "some layers": ({"exclude": ["*.query"]}, "in part"),
 }
 
@@ -290,6 +444,9 @@ CONTRACTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_summary_tells_the_contract(case: str) -> None:
     settings, contract = CONTRACTS[case]
     model = binarize(bert(), BinarizationConfig(**settings))
+    assert summary(model).contract == contract
+    if not settings.get("weights", True):  # which is not packed
+        return
     calibrate(model, batch())
     for layer in binary_layers(model).values():
         layer.set_frozen(1.0, step=1)
@@ -300,9 +457,46 @@ def test_summary_tells_the_contract(case: str) -> None:
     assert summary(packed).packed_bytes == size == summary(model).packed_bytes
 
 
+WHOLE = BinarizationConfig(attention=True, pooler=True, embeddings=True)
+OTHERS: dict[str, tuple[Callable[[], Any], BinarizationConfig, str]] = {
+    "tied word embeddings": (lambda: BertForMaskedLM(BertConfig(**SHAPE)), WHOLE, "linears only"),
+    "tables of another name": (
+        lambda: ModernBertForSequenceClassification(ModernBertConfig(**SHAPE, pad_token_id=0)),
+        BinarizationConfig(attention=True),
+        "linears only",
+    ),
+    "cross-attention that is not run": (
+        lambda: BertForSequenceClassification(BertConfig(**SHAPE, is_decoder=True, add_cross_attention=True)),
+        WHOLE,
+        "in part",
+    ),
+    "an image model": (FAMILIES["ViT"], BinarizationConfig(), "linears only"),
+    "an image model and its attention": (FAMILIES["ViT"], BinarizationConfig(attention=True), "fully binary"),
+    "nothing": (bert, BinarizationConfig(exclude=["*encoder*"], embeddings=True), "full precision"),
+}
+
+
+@pytest.mark.parametrize("case", list(OTHERS))
+def test_the_contract_of_other_models(case: str) -> None:
+    make, config, contract = OTHERS[case]
+    assert summary(make(), config).contract == contract
+
+
+def test_summary_plans_it_for_a_model_that_is_not_binarized() -> None:
+    model, config = bert(), BinarizationConfig(attention=True, pooler=True, embeddings=True)
+    planned = summary(model, config)
+    assert planned.contract == "fully binary"
+    assert [row.name for row in planned.rows if row.role == "attention"] == [
+        "bert." + LISTED.format(i, name) for i in range(2) for name in NAMES
+    ]
+    assert model.config._attn_implementation != IMPLEMENTATION and not any(
+        isinstance(module, FloatActivation) for module in model.modules()
+    )
+
+
 def test_a_copy_has_the_tensors_of_its_own() -> None:
     model = one_bit()
     other = copy.deepcopy(model)
-    other.bert.encoder.layer[0].attention.self.binary_attention.key.activation_scale.data += 1
+    other.bert.encoder.layer[0].attention.self.binary_attention.keys.activation_scale.data += 1
     with torch.no_grad():
         assert not torch.equal(other(**batch()).logits, model(**batch()).logits)

@@ -4,7 +4,7 @@ which of them stands for which."""
 
 from torch import nn
 
-from hf_stompp.layers.activation import BinaryActivation, FloatActivation, LatentInput
+from hf_stompp.layers.activation import AttentionTensor, BinaryActivation, FloatActivation, LatentInput
 from hf_stompp.layers.binary import BinaryConv2d, BinaryLayer, BinaryLinear
 from hf_stompp.layers.embedding import BinaryEmbedding, PackedEmbedding
 from hf_stompp.layers.latent import LatentLayer, LatentWeight
@@ -34,6 +34,7 @@ BINARY_INPUT: dict[type[nn.Module], type[BinaryInput]] = {
 """Packed → dequantized layer with binary inputs."""
 
 __all__ = [
+    "AttentionTensor",
     "BINARY",
     "BINARY_INPUT",
     "PACKED",

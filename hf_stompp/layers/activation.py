@@ -77,30 +77,48 @@ class LatentInput(LatentLayer):
         return f"input_bits={bits}, unit={self.unit}, frozen={self.fraction:.3f}"
 
 
-class FloatActivation(nn.Module):
-    """Hands on a tensor that no layer takes, one of those that attention multiplies: the place for a binary one.
+class AttentionTensor(nn.Module):
+    """A tensor that no layer takes, one of those that attention multiplies.
 
     Attributes:
         shape (`tuple[int, int, int]`): Of one number for each feature, as it broadcasts: `(heads, 1, head_dim)` for
             queries, keys and values `[B, heads, S, head_dim]`; `(heads, 1, 1)` for probabilities `[B, heads, S, S]`.
     """
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    shape: tuple[int, int, int]
+
+    @property
+    def input_features(self) -> int:
+        """How many features it has."""
+        return self.shape[0] * self.shape[2]
+
+    def per_feature(self, values: Tensor) -> Tensor:
+        """`values`, one for each feature, in a shape that broadcasts against the tensor."""
+        return values.view(self.shape)
+
+    def features_last(self, x: Tensor) -> Tensor:
+        """The tensor with its features on the last axis."""
+        x = x.transpose(1, 2)
+        return x.flatten(2) if self.shape[2] > 1 else x.transpose(2, 3)
+
+
+class FloatActivation(AttentionTensor):
+    """Hands a tensor on as it is: the place for a binary one.
+
+    Attributes:
+        device (`torch.device`): Of what takes its place.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.device = shape, device
 
     def forward(self, input: Tensor) -> Tensor:
         return input
 
 
-def features_last(shape: tuple[int, int, int], x: Tensor) -> Tensor:
-    """An activation `[B, heads, S, n]` with its features, as [`FloatActivation`] has them, on the last axis."""
-    x = x.transpose(1, 2)
-    return x.flatten(2) if shape[2] > 1 else x.transpose(2, 3)
-
-
-class BinaryActivation(LatentInput):
-    r"""The latent [`FloatActivation`]: \\(\hat x\\) of [`~hf_stompp.functional.mix`], without a weight.
+class BinaryActivation(AttentionTensor, LatentInput):
+    r"""The latent [`FloatActivation`]: \(\hat x\) of [`~hf_stompp.functional.mix`], without a weight.
 
     Source: binary queries, keys, values and probabilities are in BiBERT (Qin et al., 2022) and BiT (Liu et al., 2022).
     """
@@ -109,33 +127,14 @@ class BinaryActivation(LatentInput):
 
     @classmethod
     def from_float(
-        cls,
-        activation: FloatActivation,
-        config: BinarizationConfig,
-        *,
-        key: str,
-        unit: int,
-        unsigned: bool,
-        device: Any,
+        cls, activation: FloatActivation, config: BinarizationConfig, *, key: str, unit: int, unsigned: bool
     ) -> Self:
-        """See [`BinaryLayer.from_float`]; the tensors are made on `device`."""
+        """See [`BinaryLayer.from_float`]."""
         latent = cls()
         latent.shape = activation.shape
-        latent._schedule(config, key, unit, device)
+        latent._schedule(config, key, unit, activation.device)
         latent._add_activation(unsigned)
         return latent.train(activation.training)
-
-    shape: tuple[int, int, int]
-
-    @property
-    def input_features(self) -> int:
-        return self.shape[0] * self.shape[2]
-
-    def per_feature(self, values: Tensor) -> Tensor:
-        return values.view(self.shape)
-
-    def features_last(self, x: Tensor) -> Tensor:
-        return features_last(self.shape, x)
 
     def forward(self, input: Tensor) -> Tensor:
         return self.effective_input(input)

@@ -10,7 +10,7 @@ from typing_extensions import Self
 from hf_stompp.functional import activation_threshold, pass_straight, weight_scale
 from hf_stompp.kernels import operators
 from hf_stompp.kernels.operands import Geometry, Operands
-from hf_stompp.layers.activation import BinaryActivation, FloatActivation, LatentInput
+from hf_stompp.layers.activation import AttentionTensor, BinaryActivation, LatentInput
 from hf_stompp.layers.binary import (
     CONV_ATTRIBUTES,
     LINEAR_ATTRIBUTES,
@@ -309,26 +309,23 @@ class PackedConv2d(PackedLayer, nn.Conv2d):
         return self._conv_forward(self.binary_input(input), weight, self.bias)
 
 
-class PackedActivation(ExactLayer):
+class PackedActivation(AttentionTensor, ExactLayer):
     """The packed [`BinaryActivation`]: one bit a number, told by a threshold for each feature.
 
     Attributes:
-        shape (`tuple[int, int, int]`): See [`FloatActivation`].
+        shape (`tuple[int, int, int]`): See [`AttentionTensor`].
         activation_threshold, activation_levels, straight_through: See [`PackedLayer`].
     """
 
     FULL_PRECISION: ClassVar = ("activation_threshold", "activation_levels")
 
-    shape: tuple[int, int, int]
-
     @classmethod
-    def empty(cls, activation: FloatActivation | BinaryActivation, device: Any, straight_through: float) -> Self:
+    def empty(cls, activation: AttentionTensor, device: Any, straight_through: float) -> Self:
         """A place of the shape of `activation`, whose tensors are still to be filled in."""
         packed = cls()
         packed.shape, packed.straight_through = activation.shape, straight_through
         float32: dict[str, Any] = {"dtype": torch.float32, "device": device}
-        features = packed.shape[0] * packed.shape[2]
-        packed.register_buffer("activation_threshold", torch.zeros(features, **float32))
+        packed.register_buffer("activation_threshold", torch.zeros(packed.input_features, **float32))
         packed.register_buffer("activation_levels", torch.tensor([-1.0, 1.0], **float32))
         return packed.train(activation.training)
 
@@ -339,14 +336,11 @@ class PackedActivation(ExactLayer):
         packed.take_levels(latent)
         return packed
 
-    def per_feature(self, values: Tensor) -> Tensor:
-        return values.view(self.shape)
-
     def forward(self, input: Tensor) -> Tensor:
         return self.binary_input(input)
 
     def extra_repr(self) -> str:
-        return f"{self.shape[0] * self.shape[2]}, input_bits=1"
+        return f"{self.input_features}, input_bits=1"
 
 
 class BinaryInput(ExactLayer):

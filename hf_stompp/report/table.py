@@ -61,8 +61,9 @@ class Summary:
         contract (`str`): What is 1-bit once all is frozen, by which accuracies are compared. `fully binary`: all
             layers of the encoder with their inputs, what attention multiplies, the pooler if there is one, and the
             word embeddings, which is what the public binary BERTs mean by W1A1. `linears only` (or `convolutions
-            only`): the layers with their inputs, but not all of the rest. `weights only`: the layers without their
-            inputs. `in part`: some of the layers. `full precision`: none.
+            only`, or `layers only` where there are both): the layers with their inputs, but not all of the rest.
+            `weights only`, `inputs only`: one of the two. `in part`: some of the layers. `full precision`: none.
+            Stems, shortcuts, depthwise convolutions, gates and heads do not count.
     """
 
     model: str
@@ -169,23 +170,30 @@ def summary(model: Any, config: BinarizationConfig | None = None) -> Summary:
     statistics = [b for norm in model.modules() if isinstance(norm, _BatchNorm) for b in norm.buffers()]
     rows.append(_rest_row("norms and others", [p for _, p in rest.values()], statistics))
     frozen = 1.0 if is_packed(model) else frozen_fraction(model)
-    convolutional = any(isinstance(model.get_submodule(plan.name), CONVOLUTIONS) for plan in plans.values())
-    return Summary(type(model).__name__, tuple(rows), frozen, _contract(rows, convolutional))
+    return Summary(type(model).__name__, tuple(rows), frozen, _contract(model, rows))
 
 
-def _contract(rows: Sequence[LayerSummary], convolutional: bool) -> str:
-    layers = [row for row in rows if row.role == "encoder"]
-    if all(row.weight_bits > 1 and row.input_bits > 1 for row in layers):
+def _contract(model: Any, rows: Sequence[LayerSummary]) -> str:
+    """See [`Summary`]."""
+    layers = [row for row in rows if row.role in ("encoder", "unused")]
+    weights, inputs = {row.weight_bits == 1 for row in layers}, {row.input_bits == 1 for row in layers}
+    if weights == inputs == {False}:
         return "full precision"
-    if any(row.weight_bits > 1 for row in layers):
+    if len(weights) > 1 or len(inputs) > 1:
         return "in part"
-    if any(row.input_bits > 1 for row in layers):
-        return "weights only"
-    attention = [row.input_bits for row in rows if row.role == "attention"]
-    others = [row.weight_bits for row in rows if row.role == "pooler" or row.name.endswith("word_embeddings")]
-    if attention and set(attention + others) == {1}:
+    if weights != inputs:
+        return "weights only" if weights == {True} else "inputs only"
+    attention = {row.input_bits for row in rows if row.role == "attention"}
+    others = [row.weight_bits for row in rows if row.role == "pooler"]
+    if model.main_input_name == "input_ids":
+        table = model.get_input_embeddings()
+        named = {module: name for name, module in model.named_modules()}
+        # One that is tied to the output layer has no row of its own: it stays in full precision.
+        others.append(next((row.weight_bits for row in rows if row.name == named[table]), 32))
+    if attention == {1} and set(others) <= {1}:
         return "fully binary"
-    return "convolutions only" if convolutional else "linears only"
+    kinds = {isinstance(model.get_submodule(row.name), CONVOLUTIONS) for row in layers}
+    return "layers only" if len(kinds) > 1 else "convolutions only" if kinds == {True} else "linears only"
 
 
 def _with_adapters(model: Any, config: BinarizationConfig | None) -> Summary:
@@ -249,7 +257,7 @@ def _tensor_row(plan: LayerPlan, tensor: Any) -> LayerSummary:
         frozen=frozen,
         parameters=0,
         float_bytes=0,
-        packed_bytes=4 * (tensor.shape[0] * tensor.shape[2] + 2) if binary else 0,
+        packed_bytes=4 * (tensor.input_features + 2) if binary else 0,
         skipped=plan.skipped,
     )
 
