@@ -13,9 +13,9 @@ The suite is a YAML file:
       sst2: {flags: {max_steps: 600}, teacher: {max_steps: 1800}}      # over those, for this task
 
 What stands behind the file on the command line is for `run_glue.py` too, and wins; but `--tasks` and `--seeds`, which
-make some of the runs. Each run has a folder, `OUTPUT_DIR/TASK/seed-N`, with `recipe.yaml`, by which `run_glue.py`
-makes it again. The same command again goes on where it was: what is finished is not made again, what was killed goes
-on from its last checkpoint. Scores are those of final checkpoints, of packed models where they are binary.
+make some of the suite's runs. Each run has a folder, `OUTPUT_DIR/TASK/seed-N`, with `recipe.yaml`, by which
+`run_glue.py` makes it again. The same command again goes on where it was: what is finished is not made again, what was
+killed goes on from its last checkpoint. Scores are those of final checkpoints, of packed models where they are binary.
 """
 
 import argparse
@@ -62,6 +62,10 @@ class Run(NamedTuple):
         words = [word for name, value in self.flags.items() for word in as_flags(name, value)]
         return [*words, "--output_dir", str(self.folder)]
 
+    def of(self, seeds: Sequence[int] | None) -> bool:
+        """Whether it is one of these seeds, or a teacher; of any, if none are given."""
+        return seeds is None or self.name == TEACHER or self.flags["seed"] in seeds
+
     @property
     def results(self) -> dict[str, Any] | None:
         """What it has written, if it has ended."""
@@ -73,22 +77,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Make the runs that are missing; returns what it writes to `OUTPUT_DIR/results.json`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     asked, more = parse(argv)
-    suite = read_suite(asked.suite, asked.tasks, asked.seeds)
+    suite = read_suite(asked.suite)
+    check_choice(suite, asked.tasks, asked.seeds)
     folder = Path(asked.output_dir)
     runs = plan(suite, folder, more)
-    writes = os.environ.get("RANK", "0") == "0"  # of several processes one does
+    chosen = [run for run in runs if run.task in (asked.tasks or suite["tasks"]) and run.of(asked.seeds)]
     for run in runs:
-        take_up(run, writes)
+        check_recipe(run)
+    writes = os.environ.get("RANK", "0") == "0"  # of several processes one does
     results: dict[str, Any] = {}
-    for run in logging.tqdm(runs, desc="Runs", disable=not writes):
+    for run in logging.tqdm(chosen, desc="Runs", disable=not writes):
         if run.results is None:
             print(f"{run.task}, {run.name}: {run.folder}")
+            if writes:
+                write_recipe(run)
             run_glue(run.argv)
         if writes:
             results = report(runs, folder)
     if writes:
         for task in suite["tasks"]:
-            write_card([run for run in runs if run.task == task], asked.cards)
+            write_card([run for run in runs if run.task == task and run.results is not None], asked.cards)
         print((folder / "table.md").read_text(encoding="utf-8"))
     return results
 
@@ -99,43 +107,63 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("suite", help="a YAML file, as those in recipes/configs that begin with glue_")
     parser.add_argument("--output_dir", required=True, help="where the runs, the table and the results go")
     parser.add_argument("--tasks", nargs="+", help="some of the suite's tasks")
-    parser.add_argument("--seeds", nargs="+", type=int, help="other seeds than the suite's")
+    parser.add_argument("--seeds", nargs="+", type=int, help="some of the suite's seeds")
     parser.add_argument("--cards", help="a folder for a model card of each task")
     asked, words = parser.parse_known_args(argv)
     parse_recipe(words, TYPES)  # refuses what is no flag
     return asked, given_flags(words, TYPES)
 
 
-def read_suite(path: str, tasks: Sequence[str] | None, seeds: Sequence[int] | None) -> dict[str, Any]:
+def read_suite(path: str) -> dict[str, Any]:
     """The file's content, with nothing missing.
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: A key or a task is unknown, or the tasks or the seeds are missing.
+        ValueError: A key or a task is unknown, or a value is of the wrong kind.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"suite: there is no file {path!r}. Pass one of recipes/configs/glue_*.yaml.")
     content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    known = ("flags", "seeds", TEACHER, "tasks")
-    for key in content if isinstance(content, dict) else {str(content): None}:
-        if key not in known:
-            raise ValueError(f"{path}: received the key {key!r}; allowed: {', '.join(known)}.")
-    chosen = tasks or list(content.get("tasks") or {})
-    suite = {"flags": {}, **content, "seeds": seeds or content.get("seeds")}
-    if not chosen or not suite["seeds"]:
-        raise ValueError(f"{path}: it has no {'seeds' if chosen else 'tasks'}. Write them into it, or pass them.")
-    for task in chosen:
+    content = _mapping(path, content, ("flags", "seeds", TEACHER, "tasks"))
+    seeds: Any = content.get("seeds")
+    tasks = _mapping(f"{path}, tasks", content.get("tasks"))
+    numbers = isinstance(seeds, list) and len(seeds) > 0 and all(type(seed) is int for seed in seeds)
+    if not numbers or len(set(seeds)) != len(seeds):
+        raise ValueError(f"{path}: seeds is {seeds!r}; allowed: a list of different whole numbers, as [0, 1, 2].")
+    if not tasks:
+        raise ValueError(f"{path}: it has no tasks. Write them into it, as tasks: {{sst2: }}.")
+    parts = {path: content}
+    for task, own in tasks.items():
         get_task(task)
-        if task not in content.get("tasks", {}):
-            raise ValueError(f"tasks: received {task!r}; allowed: {', '.join(content.get('tasks', {}))}, of {path}.")
-        for key in content["tasks"][task] or {}:
-            if key not in ("flags", TEACHER):
-                raise ValueError(f"{path}: tasks.{task} has the key {key!r}; allowed: flags, {TEACHER}.")
-    suite["tasks"] = {task: content["tasks"][task] or {} for task in chosen}
-    for part in (suite, *suite["tasks"].values()):
+        parts[f"{path}, tasks.{task}"] = tasks[task] = _mapping(f"{path}, tasks.{task}", own, ("flags", TEACHER))
+        if TEACHER in tasks[task] and TEACHER not in content:
+            raise ValueError(f"{path}: tasks.{task} has a {TEACHER}, and the suite has none. Give it `{TEACHER}:`.")
+    for where, part in parts.items():
         for key in ("flags", TEACHER):
-            check_keys(f"{path}, {key}", part.get(key) or {}, TYPES)
-    return suite
+            if key in part:
+                part[key] = _mapping(f"{where}, {key}", part[key])
+                check_keys(f"{where}, {key}", part[key], TYPES)
+    return {"flags": {}, **content, "tasks": tasks}
+
+
+def _mapping(where: str, value: Any, allowed: Sequence[str] | None = None) -> dict[str, Any]:
+    """A mapping, as it is; an empty one for nothing."""
+    if not isinstance(value, dict | None):
+        raise ValueError(f"{where}: received {value!r}; allowed: a mapping.")
+    for key in value or {}:
+        if allowed is not None and key not in allowed:
+            raise ValueError(f"{where}: received the key {key!r}; allowed: {', '.join(allowed)}.")
+    return dict(value or {})
+
+
+def check_choice(suite: dict[str, Any], tasks: Sequence[str] | None, seeds: Sequence[int] | None) -> None:
+    """Refuses to make runs that the suite has not, and whose scores would be left out of its table."""
+    for name, given, known in (("tasks", tasks, list(suite["tasks"])), ("seeds", seeds, suite["seeds"])):
+        for value in given or []:
+            if value not in known:
+                raise ValueError(
+                    f"{name}: received {value!r}; allowed: {', '.join(map(str, known))}, as in the suite."
+                )
 
 
 def plan(suite: dict[str, Any], folder: Path, more: dict[str, Any]) -> list[Run]:
@@ -158,11 +186,11 @@ def plan(suite: dict[str, Any], folder: Path, more: dict[str, Any]) -> list[Run]
     return runs
 
 
-def take_up(run: Run, writes: bool) -> None:
-    """Writes the recipe of a run into its folder, if this process `writes`.
+def check_recipe(run: Run) -> None:
+    """Refuses a folder that holds another run than is planned for it.
 
     Raises:
-        ValueError: There is one of another run.
+        ValueError: Its recipe has other settings.
     """
     path = run.folder / "recipe.yaml"
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else run.flags
@@ -173,10 +201,14 @@ def take_up(run: Run, writes: bool) -> None:
             f"{run.folder} holds a run that was made otherwise (None where nothing was given): {what}. Give the same "
             "again, pass another --output_dir, or delete the folder to make it anew."
         )
-    if not writes:
-        return
+
+
+def write_recipe(run: Run) -> None:
+    """Into its folder, in one step: what `run_glue.py` makes it again by."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(run.flags, sort_keys=False), encoding="utf-8")
+    draft = run.folder / "recipe.yaml.draft"
+    draft.write_text(yaml.safe_dump(run.flags, sort_keys=False), encoding="utf-8")
+    draft.replace(run.folder / "recipe.yaml")
 
 
 def report(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
@@ -238,14 +270,14 @@ def _percent(value: float | None) -> str:
 
 
 def write_card(runs: Sequence[Run], cards: str | None) -> None:
-    """The card of the packed model of the first seed, beside the teacher and the other seeds: in its folder, and as
-    `CARDS/TASK.md`."""
-    first = next(run for run in runs if run.name != TEACHER)
-    packed = first.folder / "packed"
-    if not packed.is_dir():  # of full precision, or of weights that never freeze
+    """The card of the packed model of the first seed, beside the teacher and the other seeds that have ended: in its
+    folder, and as `CARDS/TASK.md`."""
+    first = next((run for run in runs if run.name != TEACHER), None)
+    packed = first and first.folder / "packed"
+    if first is None or packed is None or not packed.is_dir():  # of full precision, or of weights that never freeze
         return
     named = {"full precision" if run.name == TEACHER else run.name.replace("-", " "): run for run in runs}
-    compared = {name: run.results for name, run in named.items() if run is not first and run.results is not None}
+    compared = {name: run.results for name, run in named.items() if run is not first and run.results}
     card = model_card(
         packed,
         results=first.results,

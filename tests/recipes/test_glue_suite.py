@@ -96,12 +96,11 @@ def test_what_has_ended_is_not_made_again(suite: Suite, tmp_path: Path, monkeypa
     monkeypatch.setattr(glue_suite, "run_glue", recorded)
     with pytest.raises(KeyboardInterrupt):
         suite("--tasks", "sst2")
-    assert "2 of 3 runs have ended." in (tmp_path / "out" / "table.md").read_text()
+    assert "2 of 6 runs have ended." in (tmp_path / "out" / "table.md").read_text()
     results = suite("--tasks", "sst2")
     assert made == ["sst2/teacher", "sst2/seed-3", "sst2/seed-4", "sst2/seed-4"]
-    assert (
-        "runs have ended" not in (tmp_path / "out" / "table.md").read_text() and results["tasks"]["sst2"]["seeds"] == 2
-    )
+    assert "3 of 6 runs have ended" in (tmp_path / "out" / "table.md").read_text()
+    assert results["tasks"]["sst2"]["seeds"] == 2 and "mrpc" not in results["tasks"]
     with pytest.raises(ValueError, match="made otherwise .*: learning_rate was 0.002, and is 0.01"):
         suite("--tasks", "sst2", "--learning_rate", "1e-2")
     suite("--tasks", "sst2", "--logging_steps", "2")  # of which no score depends
@@ -118,6 +117,21 @@ def test_a_run_is_made_again_by_its_recipe(suite: Suite, tmp_path: Path) -> None
     ]
 
 
+def test_what_is_empty_is_nothing(suite: Suite, tmp_path: Path) -> None:
+    flags = {k: v for k, v in SUITE["flags"].items() if k != "hidden_weight"}
+    content = {"flags": flags, "seeds": [3], "teacher": None, "tasks": {"sst2": {"flags": None, "teacher": None}}}
+    assert suite(content=content)["tasks"]["sst2"]["seeds"] == 1
+    teacher = json.loads((tmp_path / "out" / "sst2" / "teacher" / "results.json").read_text())
+    assert teacher["binarization"] is None and teacher["steps"] == 4
+
+
+def test_a_part_of_a_suite_leaves_the_rest_in_the_table(suite: Suite, tmp_path: Path) -> None:
+    suite("--tasks", "sst2", "--seeds", "4")
+    results = suite("--tasks", "sst2", "--seeds", "3")
+    assert set(results["runs"]["sst2"]) == {"teacher", "seed-3", "seed-4"}
+    assert ModelCard.load(tmp_path / "out/sst2/seed-3/packed/README.md").content.count("seed 4")
+
+
 def test_without_a_teacher(suite: Suite, tmp_path: Path, tiny_bert: str) -> None:
     content = {**SUITE, "flags": {k: v for k, v in SUITE["flags"].items() if k != "hidden_weight"}, "seeds": [3]}
     del content["teacher"], content["tasks"]
@@ -128,16 +142,26 @@ def test_without_a_teacher(suite: Suite, tmp_path: Path, tiny_bert: str) -> None
     assert run["recipe"]["model_name_or_path"] == tiny_bert and run["recipe"]["teacher"] is None
 
 
-REFUSED: dict[str, tuple[dict[str, Any], list[str], str]] = {
+REFUSED: dict[str, tuple[Any, list[str], str]] = {
+    "no mapping": ([1], [], r"received \[1\]; allowed: a mapping"),
     "key": ({**SUITE, "seed": 1}, [], "received the key 'seed'; allowed: flags, seeds, teacher, tasks"),
     "task": ({**SUITE, "tasks": {"sst3": None}}, [], "received 'sst3'; allowed: cola"),
-    "task that it has not": (SUITE, ["--tasks", "rte"], "received 'rte'; allowed: mrpc, sst2"),
-    "key of a task": ({**SUITE, "tasks": {"sst2": {"max_steps": 3}}}, [], "tasks.sst2 has the key 'max_steps'"),
-    "no seeds": ({**SUITE, "seeds": []}, [], "it has no seeds"),
+    "tasks in a list": ({**SUITE, "tasks": ["sst2"]}, [], r"tasks: received \['sst2'\]; allowed: a mapping"),
+    "no tasks": ({**SUITE, "tasks": None}, [], "it has no tasks"),
+    "task that it has not": (SUITE, ["--tasks", "rte"], "tasks: received 'rte'; allowed: mrpc, sst2"),
+    "seed that it has not": (SUITE, ["--seeds", "3", "5"], "seeds: received 5; allowed: 3, 4"),
+    "key of a task": ({**SUITE, "tasks": {"sst2": {"max_steps": 3}}}, [], "tasks.sst2: received the key 'max_steps'"),
+    "no seeds": ({**SUITE, "seeds": []}, [], r"seeds is \[\]; allowed: a list"),
+    "a seed": ({**SUITE, "seeds": 0}, [], "seeds is 0; allowed: a list"),
+    "a seed twice": ({**SUITE, "seeds": [1, 1]}, [], "of different whole numbers"),
+    "flags": ({**SUITE, "flags": 3}, [], "flags: received 3; allowed: a mapping"),
     "flag": ({**SUITE, "flags": {"learning_rat": 1}}, [], "flags: the key 'learning_rat' is not a flag"),
     "flag of the command line": (SUITE, ["--learning_ratt", "1"], "--learning_ratt is not a flag"),
-    "no teacher, and weights of it": ({k: v for k, v in SUITE.items() if k != "teacher"}, [], "without a teacher"),
-}
+    "no teacher, and weights of it": (
+        {**{k: v for k, v in SUITE.items() if k != "teacher"}, "tasks": {"sst2": None}}, [], "without a teacher"
+    ),
+    "teacher of a task": ({k: v for k, v in SUITE.items() if k != "teacher"}, [], "teacher, and the suite has"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(REFUSED))
@@ -157,6 +181,6 @@ def test_a_suite_that_is_not_there() -> None:
     "path", sorted(Path(glue_suite.__file__).parent.glob("configs/glue_*.yaml")), ids=lambda p: p.name
 )
 def test_suites_of_the_repository_are_sound(path: Path, tmp_path: Path) -> None:
-    content = glue_suite.read_suite(str(path), None, None)
+    content = glue_suite.read_suite(str(path))
     runs = glue_suite.plan(content, tmp_path, {"model_name_or_path": "model"})
     assert len(runs) == len(content["tasks"]) * (len(content["seeds"]) + ("teacher" in content))
