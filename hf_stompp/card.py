@@ -142,7 +142,7 @@ def render(
         repo_id=repo_id,
         packed=packed,
         model_class=type(model).__name__,
-        bits=f"W{1 if config.weights else 32}A{1 if config.activations else 32}",
+        bits=f"W{1 if config.weights else 32}A{1 if config.activations else 32}, {table.contract}",
         binary_inputs=config.activations,
         frozen=f"{math.floor(100 * table.frozen_fraction)}%",  # 100% is all
         clipped=config.never_freezes,

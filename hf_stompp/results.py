@@ -230,6 +230,19 @@ def training_sentence(run: Mapping[str, Any] | None) -> str:
         f"{run['steps']:,} steps of {examples}; learning rate {run['learning_rate']:g} ({run['lr_scheduler']}, "
         f"{run['warmup_steps']:g} warmup steps); weight decay {run['weight_decay']:g}; seed {run['seed']}"
         + ("." if run["mask_seed"] is None else f"; mask seed {run['mask_seed']}.")
+        + _taught(run["recipe"])
+    )
+
+
+def _taught(recipe: Mapping[str, Any]) -> str:
+    """What a student was taught by, which the recipe of texts knows."""
+    if not recipe.get("teacher"):
+        return ""
+    parts = {"logits_weight": "logits", "hidden_weight": "hidden states", "labels_weight": "the labels"}
+    weights = [f"{recipe[key]:g} for {what}" for key, what in parts.items() if recipe.get(key)]
+    return (
+        " The loss is the distance to a full-precision model that was fine-tuned for the task, with the weights "
+        f"{', '.join(weights)} and temperature {recipe['temperature']:g}."
     )
 
 

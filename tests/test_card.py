@@ -58,6 +58,17 @@ def test_a_whole_card(packed_folder: Path) -> None:
     assert re.fullmatch(golden, card.content)
 
 
+def test_it_says_what_a_student_was_taught_by(packed_folder: Path) -> None:
+    run = run_of(0.8765, BinarizationConfig())
+    assert "teacher" not in model_card(packed_folder, results=run).content.lower()
+    taught = {"teacher": "out/teacher", "temperature": 2.0, "logits_weight": 1.0, "hidden_weight": 0.5}
+    run["recipe"] |= {**taught, "labels_weight": 0.0}
+    assert (
+        "; mask seed 0. The loss is the distance to a full-precision model that was fine-tuned for the task, with the "
+        "weights 1 for logits, 0.5 for hidden states and temperature 2."
+    ) in model_card(packed_folder, results=run).content
+
+
 def test_its_numbers(packed_folder: Path) -> None:
     card = model_card(packed_folder).content
     size = (packed_folder / "model.safetensors").stat().st_size
