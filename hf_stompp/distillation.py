@@ -127,7 +127,8 @@ def loaded_teacher(teacher: Any, **options: Any) -> Any:
     try:
         return AutoModelForSequenceClassification.from_pretrained(teacher, **options)
     except OSError as error:
-        raise OSError(f"teacher: {str(teacher)!r} could not be loaded: {error}") from error
+        missing = "" if os.path.exists(teacher) else "there is no such folder, and "
+        raise OSError(f"teacher: received {str(teacher)!r}; {missing}it could not be loaded: {error}") from error
 
 
 def with_teacher_logits(

@@ -228,10 +228,15 @@ def training_sentence(run: Mapping[str, Any] | None) -> str:
     examples = f"{run['batch_size']} examples" + (f" of the first {limit:,}" if limit else "")
     return (
         f"{run['steps']:,} steps of {examples}; learning rate {run['learning_rate']:g} ({run['lr_scheduler']}, "
-        f"{run['warmup_steps']:g} warmup steps); weight decay {run['weight_decay']:g}; seed {run['seed']}"
+        f"{_warmup(run['warmup_steps'])}); weight decay {run['weight_decay']:g}; seed {run['seed']}"
         + ("." if run["mask_seed"] is None else f"; mask seed {run['mask_seed']}.")
         + _taught(run["recipe"])
     )
+
+
+def _warmup(steps: float) -> str:
+    """The Trainer takes less than one for a share of all steps."""
+    return f"{steps:.0%} warmup" if 0 < steps < 1 else f"{steps:g} warmup steps"
 
 
 def _taught(recipe: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ def parse_recipe(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[
     if unknown:
         known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
         raise ValueError(
-            f"{unknown[0]} is not a flag of this recipe. {_hint(unknown[0].lstrip('-').split('=')[0], known)}"
+            f"{unknown[0]} is not a flag of this recipe. {hint(unknown[0].lstrip('-').split('=')[0], known)}"
         )
     return tuple(parsed)
 
@@ -65,10 +65,18 @@ def _parser(argv: Sequence[str], dataclass_types: Iterable[type]) -> tuple[Any, 
     return parser, [*from_file, *argv]
 
 
+def load_yaml(path: Path) -> Any:
+    """The content of a YAML file; what is none is an error that names the file."""
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: it is no YAML ({' '.join(str(error).split())}).") from error
+
+
 def _read_yaml(path: Path, dataclass_types: Iterable[type]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"recipe: there is no file {str(path)!r}. Pass one of recipes/configs, or flags only.")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = load_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: received {values!r}; a recipe is a flat mapping of flags, `learning_rate: 1e-4`.")
     check_keys(path, values, dataclass_types)
@@ -85,10 +93,10 @@ def check_keys(where: Any, values: Iterable[Any], dataclass_types: Iterable[type
     flags = {field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in flags:
-            raise ValueError(f"{where}: the key {key!r} is not a flag of this recipe. {_hint(str(key), flags)}")
+            raise ValueError(f"{where}: the key {key!r} is not a flag of this recipe. {hint(str(key), flags)}")
 
 
-def _hint(name: str, flags: Iterable[str]) -> str:
+def hint(name: str, flags: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, flags, n=3)
     return f"Did you mean {' or '.join(close)}?" if close else "Run the script with --help to see them all."
 

@@ -89,9 +89,9 @@ def metrics_of(
         scores: dict[str, float] = metric.compute(predictions=decided, references=output.label_ids)
         if len(np.unique(decided)) == 1 < len(np.unique(output.label_ids)):
             logger.warning(
-                f"The model says {decided[0]} of all {len(decided)} rows: it has collapsed, and its score is that of "
-                "a constant. In the middle of StoMPP it may recover; at the end, try a smaller learning rate, more "
-                "steps, or a teacher."
+                f"The model gives the class {decided[0]} to each of the {len(decided)} rows: it has collapsed, and "
+                "its score is that of a constant. In the middle of StoMPP it may recover; at the end, try a smaller "
+                "learning rate, more steps, or a teacher."
             )
             scores["collapsed"] = 1.0
         return scores

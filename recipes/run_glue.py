@@ -41,6 +41,7 @@ from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
 from hf_stompp.distillation import DistillationTrainer, loaded_teacher, with_teacher_logits
 from hf_stompp.patching import binary_layers, is_packed
+from hf_stompp.preflight import check_schedule
 from hf_stompp.scoring import decide
 from recipe_flags import parse_recipe
 from recipe_utils import (
@@ -54,6 +55,9 @@ from recipe_utils import (
     score,
     train,
 )
+
+OF_TEACHING = ("cache_teacher", "temperature", "logits_weight", "hidden_weight", "labels_weight")
+"""Flags of a teacher, which a run without one does not take."""
 
 
 @dataclass
@@ -182,12 +186,12 @@ def make_trainer(
     model_init: Callable[..., PreTrainedModel] | None = None,
 ) -> Trainer:
     """The Trainer of a model, or of those that `model_init` makes."""
+    if model is not None and recipe.binarize and args.do_train and args.max_steps > 0:
+        check_schedule(model, args.max_steps)  # before a teacher is asked of all rows
     kind: Any = Trainer
     if recipe.teacher:
-        names = ("temperature", "logits_weight", "hidden_weight", "labels_weight")
-        kind = partial(
-            DistillationTrainer, teacher=load_teacher(recipe), **{name: getattr(recipe, name) for name in names}
-        )
+        weights = {name: getattr(recipe, name) for name in OF_TEACHING if name != "cache_teacher"}
+        kind = partial(DistillationTrainer, teacher=load_teacher(recipe), **weights)
     trainer: Trainer = kind(
         model,
         args,
@@ -225,12 +229,12 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
             f"model_name_or_path: received None; {recipe.task_name} needs a Hub id or a folder of a pretrained model, "
             "as in --model_name_or_path google-bert/bert-base-uncased. Only synthetic makes its own."
         )
-    if recipe.teacher is None and (recipe.hidden_weight, recipe.labels_weight) != (0, 0):
-        raise ValueError(
-            f"hidden_weight, labels_weight: received {recipe.hidden_weight} and {recipe.labels_weight} without a "
-            "teacher. Pass --teacher, or drop them."
-        )
-    if recipe.cache_teacher and (recipe.teacher is None or recipe.hidden_weight > 0):
+    for name in OF_TEACHING if recipe.teacher is None else ():
+        if getattr(recipe, name) != getattr(RecipeArguments, name):
+            raise ValueError(
+                f"{name}: received {getattr(recipe, name)} without a teacher. Pass --teacher with it, or drop it."
+            )
+    if recipe.cache_teacher and recipe.hidden_weight > 0:
         raise ValueError(
             f"cache_teacher: received True with teacher={recipe.teacher!r} and hidden_weight={recipe.hidden_weight}; "
             "allowed: with a teacher whose logits alone are asked for. Drop it, or set hidden_weight to 0."

@@ -142,6 +142,22 @@ def test_without_a_teacher(suite: Suite, tmp_path: Path, tiny_bert: str) -> None
     assert run["recipe"]["model_name_or_path"] == tiny_bert and run["recipe"]["teacher"] is None
 
 
+def test_a_teacher_stays_in_full_precision(suite: Suite, tmp_path: Path) -> None:
+    suite("--tasks", "sst2", "--seeds", "3", "--binarize", "True", "--learning_rate", "3e-3")
+    teacher, student = (
+        json.loads((tmp_path / "out" / "sst2" / name / "results.json").read_text()) for name in ("teacher", "seed-3")
+    )
+    assert teacher["binarization"] is None and student["binarization"] is not None
+    assert teacher["learning_rate"] == student["learning_rate"] == 3e-3  # of the command line, for all
+
+
+def test_a_teacher_that_has_collapsed_is_marked(suite: Suite, tmp_path: Path) -> None:
+    content = {**SUITE, "teacher": {"learning_rate": 100.0, "max_steps": 8}, "tasks": {"sst2": None}, "seeds": [3]}
+    results = suite(content=content)
+    assert results["runs"]["sst2"]["teacher"]["collapsed"] and results["tasks"]["sst2"]["full_precision_collapsed"]
+    assert "| 50.0 (collapsed) |" in (tmp_path / "out" / "table.md").read_text()
+
+
 REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "no mapping": ([1], [], r"received \[1\]; allowed: a mapping"),
     "key": ({**SUITE, "seed": 1}, [], "received the key 'seed'; allowed: flags, seeds, teacher, tasks"),
@@ -156,6 +172,7 @@ REFUSED: dict[str, tuple[Any, list[str], str]] = {
     "a seed twice": ({**SUITE, "seeds": [1, 1]}, [], "of different whole numbers"),
     "flags": ({**SUITE, "flags": 3}, [], "flags: received 3; allowed: a mapping"),
     "flag": ({**SUITE, "flags": {"learning_rat": 1}}, [], "flags: the key 'learning_rat' is not a flag"),
+    "a teacher besides": (SUITE, ["--teacher", "other"], "teacher: received 'other', but the suite makes"),
     "flag of the command line": (SUITE, ["--learning_ratt", "1"], "--learning_ratt is not a flag"),
     "no teacher, and weights of it": (
         {**{k: v for k, v in SUITE.items() if k != "teacher"}, "tasks": {"sst2": None}}, [], "without a teacher"
