@@ -7,8 +7,8 @@ The suite is a YAML file:
 
     flags: {…}                          # of run_glue.py, for all runs
     seeds: [0, 1, 2]
-    teacher: {binarize: false, …}       # optional: over them, for a run of each task that all others start from and
-                                        # learn from
+    teacher: {learning_rate: 1e-4}      # optional: over them, for a run of each task in full precision, which all
+                                        # others start from and learn from
     tasks:
       sst2: {flags: {max_steps: 600}, teacher: {max_steps: 1800}}      # over those, for this task
 

@@ -87,7 +87,7 @@ SPLITS: dict[str, dict[str, Any]] = {
         {"surrogate": "ste", "refresh": 0.3},
         {"surrogate": "none", "progression": "global", "progression_end": 1.0},
         {"surrogate": "none", "activations": False, "progression_end": 1.0},
-        {"surrogate": "ste", "attention": True, "embeddings": True, "pooler": True},
+        {"surrogate": "ste", "attention": True, "embeddings": True, "pooler": True, "progression_end": 0.9},
     ],
     ids=["ste", "ste-free global", "weights only", "fully binary"],
 )
