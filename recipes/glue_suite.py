@@ -1,6 +1,6 @@
 r"""Train a model on several GLUE tasks with several seeds, and write a table of means and a card for each task.
 
-    python recipes/glue_suite.py recipes/configs/glue_minilm_w1a1.yaml \
+    python recipes/glue_suite.py recipes/suites/glue_minilm_w1a1.yaml \
         --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 --output_dir out/glue
 
 The suite is a YAML file:
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The suite's own flags, and what is for all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", help="a YAML file, as those in recipes/configs that begin with glue_")
+    parser.add_argument("suite", help="a YAML file, as those in recipes/suites")
     parser.add_argument("--output_dir", required=True, help="where the runs, the table and the results go")
     parser.add_argument("--tasks", nargs="+", help="some of the suite's tasks")
     parser.add_argument("--seeds", nargs="+", type=int, help="some of the suite's seeds")

@@ -52,7 +52,7 @@ def read_suite(path: str) -> dict[str, Any]:
         ValueError: A key or a task is unknown, or a value is of the wrong kind.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"suite: there is no file {path!r}. Pass one of recipes/configs/glue_*.yaml.")
+        raise FileNotFoundError(f"suite: there is no file {path!r}. Pass one of recipes/suites/glue_*.yaml.")
     content = load_yaml(Path(path))
     content = _mapping(path, content, ("flags", "seeds", TEACHER, "tasks"))
     seeds: Any = content.get("seeds")

@@ -195,7 +195,7 @@ def test_a_suite_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(glue_suite.__file__).parent.glob("configs/glue_*.yaml")), ids=lambda p: p.name
+    "path", sorted(Path(glue_suite.__file__).parent.glob("suites/glue_*.yaml")), ids=lambda p: p.name
 )
 def test_suites_of_the_repository_are_sound(path: Path, tmp_path: Path) -> None:
     content = glue_suite.read_suite(str(path))
