@@ -146,6 +146,7 @@ def render(
         binary_inputs=config.activations,
         frozen=f"{math.floor(100 * table.frozen_fraction)}%",  # 100% is all
         clipped=config.never_freezes,
+        attention=config.attention,
         embeddings=config.embeddings,
         folded=len(config.folded or ()),
         method=_method(config),

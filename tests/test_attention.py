@@ -31,7 +31,17 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_stompp import BinarizationConfig, StomppCallback, binarize, calibrate, pack, summary, unpack, verify
+from hf_stompp import (
+    BinarizationConfig,
+    StomppCallback,
+    binarize,
+    calibrate,
+    model_card,
+    pack,
+    summary,
+    unpack,
+    verify,
+)
 from hf_stompp.attention import IMPLEMENTATION, attend
 from hf_stompp.fusion import fuse
 from hf_stompp.layers import BinaryActivation, FloatActivation
@@ -453,6 +463,9 @@ def test_summary_tells_the_contract(case: str) -> None:
     packed = pack(model)
     assert summary(model).contract == summary(packed).contract == contract
     assert f"BertForSequenceClassification: {contract}; " in str(summary(packed))
+    card = model_card(packed).content
+    assert f"(W1A{1 if settings.get('activations', True) else 32}, {contract})" in card
+    assert ("; what attention multiplies is 1-bit" in card) == settings.get("attention", False)
     size = sum(t.nbytes for t in packed.state_dict().values())
     assert summary(packed).packed_bytes == size == summary(model).packed_bytes
 
