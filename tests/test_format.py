@@ -85,7 +85,7 @@ def test_the_reader_on_the_page_decodes_the_kernels_of_convolutions(
 def test_the_tables_on_the_page_are_the_tensors_of_the_file(
     tiny_model: Callable, tiny_batch: Callable, tiny_resnet: ResNetForImageClassification, tmp_path: Path
 ) -> None:
-    latent = binarize(tiny_model("bert"), BinarizationConfig(embedding_bits=4))
+    latent = binarize(tiny_model("bert"), BinarizationConfig(embedding_bits=4, attention=True))
     calibrate(latent, tiny_batch())
     for layer in binary_layers(latent).values():
         layer.set_frozen(1.0, step=1)
@@ -94,11 +94,13 @@ def test_the_tables_on_the_page_are_the_tensors_of_the_file(
     pack(tiny_resnet).save_pretrained(tmp_path / "resnet")
     tensors |= load_file(tmp_path / "resnet" / "model.safetensors")
     linear, others = PAGE.read_text(encoding="utf-8").split("## Tensors")[1].split("A **convolution**")
-    convolution, table = others.split("An **embedding table**")
+    convolution, others = others.split("An **embedding table**")
+    table, attention = others.split("The **tensors that attention multiplies**")
     for text, module in (
         (linear, "bert.encoder.layer.0.output.dense"),
         (convolution, "resnet.encoder.stages.1.layers.0.layer.0.convolution"),
-        (table.split("## Bits")[0], "bert.embeddings.word_embeddings"),
+        (table, "bert.embeddings.word_embeddings"),
+        (attention.split("## Bits")[0], "bert.encoder.layer.0.attention.self.binary_attention.queries"),
     ):
         rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
         documented = {row[1].strip(" `"): row[2].strip() for row in rows}
