@@ -17,7 +17,7 @@ from hf_stompp.callers import calling_handler, calling_trainer
 from hf_stompp.config import BinarizationConfig
 from hf_stompp.finite import FiniteGuard
 from hf_stompp.layers import LatentInput, LatentLayer, LatentWeight
-from hf_stompp.patching import binary_layers, frozen_fraction, keep_masks_home
+from hf_stompp.patching import binary_layers, binary_weights, frozen_fraction, keep_masks_home
 from hf_stompp.preflight import check_schedule, check_sharding
 from hf_stompp.probes import Probes
 from hf_stompp.report import TrainingLog, plot
@@ -64,6 +64,7 @@ class StomppCallback(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self._layers: dict[str, LatentLayer] = {}
+        self._weights: dict[str, LatentWeight] = {}
         self._fractions: list[float] = []
         self._calibration: Calibration | None = None
         self._examples: list[dict[str, Any]] = []
@@ -86,10 +87,6 @@ class StomppCallback(TrainerCallback, ExportableState):
         return next(iter(self._layers.values())).config
 
     @property
-    def _weights(self) -> dict[str, LatentWeight]:
-        return {name: layer for name, layer in self._layers.items() if isinstance(layer, LatentWeight)}
-
-    @property
     def _units(self) -> int:
         return 1 + max(layer.unit for layer in self._layers.values())
 
@@ -102,7 +99,8 @@ class StomppCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         model = kwargs["model"]
-        self._layers, self._processes = binary_layers(model), args.world_size
+        self._layers, self._weights = binary_layers(model), binary_weights(model)
+        self._processes = args.world_size
         check_schedule(model, state.max_steps)
         check_sharding(self._weights)
         self._check_deepspeed(args)

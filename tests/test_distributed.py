@@ -119,10 +119,13 @@ def test_two_processes_are_taught_as_one(launch: Launch, tmp_path: Path) -> None
         return launch("train", processes, output_dir=folder, config=config, double=True, taught=True, **arguments)
 
     (alone,) = run(1, per_device_train_batch_size=GLOBAL_BATCH)
+    taught = [log["loss"] for log in alone["history"] if "loss" in log]
+    assert taught[-1] < taught[0]
     for split in ("plain", "gradient accumulation", "activation checkpointing"):
         first, second = run(2, **SPLITS[split])
         same(first["state"], second["state"], rtol=0, atol=0)
         same(alone["state"], first["state"], rtol=1e-6, atol=1e-8)
+        assert [log["loss"] for log in first["history"] if "loss" in log] == pytest.approx(taught, rel=1e-6)
 
 
 @pytest.mark.parametrize("base", ["packed", "latent"])
