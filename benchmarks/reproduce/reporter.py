@@ -31,6 +31,7 @@ def report(study: Study, results: Path) -> str:
         parts += [differences(study, scores)] if study.baseline else []
         parts += [needed(study, scores)] if study.needed else []
         parts += [dips(study, lines)] if study.dips else []
+        parts += [ends(study, lines)] if study.ends else []
         parts += [facts(study, lines, name) for name in study.facts or ()]
     return "\n\n".join(parts) + "\n"
 
@@ -168,6 +169,28 @@ def dip(curve: Sequence[Mapping[str, float]], key: str) -> float:
     values = [entry[key] for entry in curve if key in entry]
     falls = (best - value for best, value in zip(itertools.accumulate(values, max), values, strict=True))
     return 100 * max(falls, default=math.nan)
+
+
+def ends(study: Study, lines: Lines) -> str:
+    """What was logged at the end: less a matter of chance than a score is, where many rows are behind it."""
+    cells = {}
+    for place, runs in lines.items():
+        values = [end(line["curve"] or [], study.ends) for line in runs.values()]
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        cells[place] = f"{statistics.mean(values):.3f}{spread}"
+    return f"{study.ends.capitalize()}, the mean of the last sixth of the steps:\n\n{_grid(study, cells)}"
+
+
+def end(curve: Sequence[Mapping[str, float]], key: str) -> float:
+    """The mean of the last sixth of what was logged.
+
+    Example:
+
+        >>> end([{"a": 9.0}] * 10 + [{"b": 1}, {"a": 2.0}, {"a": 4.0}], "a")
+        3.0
+    """
+    values = [entry[key] for entry in curve if key in entry]
+    return statistics.mean(values[-max(1, len(values) // 6) :]) if values else math.nan
 
 
 def _cell(values: list[float], sign: str = "") -> str:

@@ -13,7 +13,7 @@ from recipes.recipe_flags import as_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = Path(__file__).parent / "studies"
-_SHOWN = ("baseline", "plot", "needed", "dips", "facts", "curves")
+_SHOWN = ("baseline", "plot", "needed", "dips", "ends", "facts", "curves")
 _NEEDED = ("about", "recipe", "axes", "table")
 _KEYS = {*_NEEDED, "config", "flags", "grids", "seeds", *_SHOWN}
 
@@ -83,6 +83,7 @@ class Study:
     needed: {x: steps, of: 90}          # optional: the x at which that score, in percent, is reached
     facts: [adapter_bytes]              # optional: a table for each, of what else is in the lines
     dips: eval_accuracy                 # optional: a table of how far that fell, on the way, below what it had been
+    ends: loss                          # optional: a table of what it was over the last sixth of the way
     curves: {y: loss, lines: method, panels: depth}     # optional: a picture of what was logged on the way
     ```
 
@@ -90,7 +91,7 @@ class Study:
         name, about (`str`): Of the study.
         runs (`tuple[Run, ...]`): All of them, those of the first seed first.
         axes (`dict[str, list[str]]`): Axis → its places.
-        table, baseline, plot, needed, dips, facts, curves: As in the file.
+        table, baseline, plot, needed, dips, ends, facts, curves: As in the file.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Study:
     plot: dict[str, Any] | None
     needed: dict[str, Any] | None
     dips: str | None
+    ends: str | None
     facts: list[str] | None
     curves: dict[str, str] | None
 

@@ -195,6 +195,20 @@ def test_steps_that_are_needed_are_of_each_seed(tmp_path: Path) -> None:
     assert "| StoMPP | > 4 (1 of 2) |" in text
 
 
+def test_what_was_logged_at_the_end(tmp_path: Path) -> None:
+    tiny, path = study(tmp_path, ends="loss"), tmp_path / "r.jsonl"
+    lines = written(tiny, path, lambda run: 0.5)
+    losses = {
+        line["key"]: [9.0] * 10 + [0.1 * i, 0.2 + 0.1 * i] for i, line in enumerate(lines)
+    }  # two of twelve count
+    for line in lines:
+        curve: list[dict[str, Any]] = [{"step": i, "loss": loss} for i, loss in enumerate(losses[line["key"]])]
+        runner._append(path, {**line, "curve": [*curve, {"step": 12, "eval_accuracy": 0.5}]})
+    of = [0.1 + 0.1 * i for i, run in enumerate(tiny.runs) if run.labels == {"depth": "2", "method": "STE"}]
+    cell = f"{statistics.mean(of):.3f} ± {statistics.stdev(of):.3f}"
+    assert f"| STE | {cell} |" in reporter.report(tiny, path).split("Loss, the mean of the last sixth")[1]
+
+
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     parts = {"lines": "method", "panels": "depth"}
