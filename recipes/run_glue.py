@@ -37,7 +37,7 @@ from transformers import (
 
 import synthetic
 from adapters import AdapterArguments, add_adapter, score_adapter, write_card
-from glue_tasks import HUB_ID, Task, get_task, load_task
+from glue_tasks import HUB_ID, Task, get_task, join_texts, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
 from hf_stompp.distillation import DistillationTrainer, loaded_teacher, with_teacher_logits
 from hf_stompp.patching import binary_layers, is_packed
@@ -56,7 +56,7 @@ from recipe_utils import (
     train,
 )
 
-OF_TEACHING = ("cache_teacher", "temperature", "logits_weight", "hidden_weight", "labels_weight")
+OF_TEACHING = ("cache_teacher", "temperature", "logits_weight", "hidden_weight", "labels_weight", "join_texts")
 """Flags of a teacher, which a run without one does not take."""
 
 
@@ -90,6 +90,10 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     logits_weight: float = field(default=1.0, metadata={"help": "Weight of the teacher's logits in the loss."})
     hidden_weight: float = field(default=0.0, metadata={"help": "Weight of its hidden states."})
     labels_weight: float = field(default=0.0, metadata={"help": "Weight of the labels, beside a teacher."})
+    join_texts: int = field(
+        default=1,
+        metadata={"help": "Each training text and up to that many less one others, in one; a teacher judges the whole."},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -150,6 +154,8 @@ def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
             synthetic.save_tiny_bert(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         max_length = min(recipe.max_seq_length, tokenizer.model_max_length)
+        if recipe.join_texts > 1:
+            data["train"] = join_texts(data["train"], task.columns[0], recipe.join_texts, args.seed)
         data = tokenize(data, task, tokenizer, max_length)
     if recipe.bucket_by_length:
         data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
@@ -238,6 +244,12 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
         raise ValueError(
             f"cache_teacher: received True with teacher={recipe.teacher!r} and hidden_weight={recipe.hidden_weight}; "
             "allowed: with a teacher whose logits alone are asked for. Drop it, or set hidden_weight to 0."
+        )
+    texts = len(get_task(recipe.task_name, ["synthetic"]).columns) if recipe.task_name != "synthetic" else 1
+    if recipe.join_texts < 1 or (recipe.join_texts > 1 and (recipe.labels_weight > 0 or texts > 1)):
+        raise ValueError(
+            f"join_texts: received {recipe.join_texts} for {recipe.task_name}, with labels_weight={recipe.labels_weight}; "
+            "allowed: 1, or more for a task of one text and without labels, which are of the first of those joined."
         )
     refuse_best_checkpoint(args)
 
