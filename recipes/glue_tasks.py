@@ -146,8 +146,8 @@ def join_texts(rows: Dataset, column: str, most: int, seed: int) -> Dataset:
     Example:
 
         >>> rows = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 0]})
-        >>> list(join_texts(rows, "sentence", 3, seed=0)["sentence"])
-        ['a b c', 'b a c', 'c a']
+        >>> list(join_texts(rows, "sentence", 3, seed=3)["sentence"])
+        ['a c a', 'b a', 'c']
     """
     random, texts = np.random.default_rng(seed), list(rows[column])
     others = random.integers(len(texts), size=(len(texts), most - 1))

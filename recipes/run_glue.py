@@ -56,7 +56,9 @@ from recipe_utils import (
     train,
 )
 
-OF_TEACHING = ("cache_teacher", "temperature", "logits_weight", "hidden_weight", "labels_weight", "join_texts")
+OF_TRAINER = ("temperature", "logits_weight", "hidden_weight", "labels_weight")
+"""Flags that the trainer takes beside a teacher."""
+OF_TEACHING = (*OF_TRAINER, "cache_teacher", "join_texts")
 """Flags of a teacher, which a run without one does not take."""
 
 
@@ -92,7 +94,9 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     labels_weight: float = field(default=0.0, metadata={"help": "Weight of the labels, beside a teacher."})
     join_texts: int = field(
         default=1,
-        metadata={"help": "Each training text and up to that many less one others, in one; a teacher judges the whole."},
+        metadata={
+            "help": "Each training text and up to that many less one others, in one; a teacher judges the whole."
+        },
     )
 
 
@@ -196,7 +200,7 @@ def make_trainer(
         check_schedule(model, args.max_steps)  # before a teacher is asked of all rows
     kind: Any = Trainer
     if recipe.teacher:
-        weights = {name: getattr(recipe, name) for name in OF_TEACHING if name != "cache_teacher"}
+        weights = {name: getattr(recipe, name) for name in OF_TRAINER}
         kind = partial(DistillationTrainer, teacher=load_teacher(recipe), **weights)
     trainer: Trainer = kind(
         model,
@@ -245,10 +249,10 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
             f"cache_teacher: received True with teacher={recipe.teacher!r} and hidden_weight={recipe.hidden_weight}; "
             "allowed: with a teacher whose logits alone are asked for. Drop it, or set hidden_weight to 0."
         )
-    texts = len(get_task(recipe.task_name, ["synthetic"]).columns) if recipe.task_name != "synthetic" else 1
-    if recipe.join_texts < 1 or (recipe.join_texts > 1 and (recipe.labels_weight > 0 or texts > 1)):
+    task = synthetic.TASK if recipe.task_name == "synthetic" else get_task(recipe.task_name)
+    if recipe.join_texts < 1 or (recipe.join_texts > 1 and (recipe.labels_weight > 0 or len(task.columns) > 1)):
         raise ValueError(
-            f"join_texts: received {recipe.join_texts} for {recipe.task_name}, with labels_weight={recipe.labels_weight}; "
+            f"join_texts: received {recipe.join_texts} for {task.name}, with labels_weight={recipe.labels_weight}; "
             "allowed: 1, or more for a task of one text and without labels, which are of the first of those joined."
         )
     refuse_best_checkpoint(args)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 from transformers.utils import logging
 
 import run_glue
@@ -18,6 +18,7 @@ from glue_tasks import TASKS
 from hf_stompp import BinarizationConfig
 from hf_stompp.patching import packed_layers
 from hf_stompp.results import COLLAPSED
+from recipe_flags import parse_recipe
 from run_glue import RecipeArguments
 
 QUICK = "--do_train --max_steps 4 --per_device_train_batch_size 4 --learning_rate 1e-3 --save_strategy no".split()
@@ -216,6 +217,12 @@ def test_wrong_settings_of_an_adapter_are_named(
         run("sst2", sst2_folder, "--model_name_or_path", str(Path(packed_bert).parent), *flags[2:4])
     with pytest.raises(ValueError, match="hidden_weight: received 1.0 without a teacher"):
         run("sst2", sst2_folder, "--hidden_weight", "1")
+    with pytest.raises(ValueError, match="join_texts: received 2 without a teacher"):
+        run("sst2", sst2_folder, "--join_texts", "2")
+    with pytest.raises(ValueError, match="join_texts: received 2 for sst2, with labels_weight=1.0"):
+        run("sst2", sst2_folder, "--join_texts", "2", "--teacher", "any", "--labels_weight", "1")
+    with pytest.raises(ValueError, match="join_texts: received 2 for mrpc, with labels_weight=0.0"):
+        run("mrpc", sst2_folder, "--join_texts", "2", "--teacher", "any")
 
 
 def test_an_adapter_on_full_precision(
@@ -244,6 +251,18 @@ def test_a_student_of_a_teacher(
     if cached:
         with pytest.raises(ValueError, match="cache_teacher: received True with .*hidden_weight=1.0"):
             run("sst2", sst2_folder, *BINARY, *flags, "--hidden_weight", "1")
+
+
+def test_a_teacher_judges_joined_texts(sst2_folder: Path, tiny_bert: str, tmp_path: Path) -> None:
+    given = ["--task_name", "sst2", "--dataset_dir", str(sst2_folder), "--model_name_or_path", tiny_bert]
+    words = {}
+    for most in (1, 3):
+        flags = [*given, "--output_dir", str(tmp_path), "--teacher", "any", "--join_texts", str(most), "--seed", "3"]
+        recipe, _, args = parse_recipe(flags, (RecipeArguments, BinarizationConfig, TrainingArguments))
+        data = run_glue.prepare(recipe, args).data
+        words[most] = [[len(ids) - 2 for ids in data[split]["input_ids"]] for split in ("train", "validation")]
+    assert set(words[1][0]) == {4} and set(words[3][0]) == {4, 8, 12}
+    assert words[1][1] == words[3][1]  # what is scored remains as it is
 
 
 def test_a_second_stage_has_rules_of_its_own(
