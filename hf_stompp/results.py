@@ -245,9 +245,11 @@ def _taught(recipe: Mapping[str, Any]) -> str:
         return ""
     parts = {"logits_weight": "logits", "hidden_weight": "hidden states", "labels_weight": "the labels"}
     weights = [f"{recipe[key]:g} for {what}" for key, what in parts.items() if recipe.get(key)]
+    others = recipe.get("join_texts", 1) - 1
     return (
         " The loss is the distance to a full-precision model that was fine-tuned for the task, with the weights "
         f"{', '.join(weights)} and temperature {recipe['temperature']:g}."
+        + (f" It judges texts with up to {others} random others behind them." if others else "")
     )
 
 

@@ -94,9 +94,7 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     labels_weight: float = field(default=0.0, metadata={"help": "Weight of the labels, beside a teacher."})
     join_texts: int = field(
         default=1,
-        metadata={
-            "help": "Each training text and up to that many less one others, in one; a teacher judges the whole."
-        },
+        metadata={"help": "N: each training text with up to N-1 random others behind it, for a teacher to judge."},
     )
 
 
@@ -239,6 +237,7 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
             f"model_name_or_path: received None; {recipe.task_name} needs a Hub id or a folder of a pretrained model, "
             "as in --model_name_or_path google-bert/bert-base-uncased. Only synthetic makes its own."
         )
+    check_joined(recipe)
     for name in OF_TEACHING if recipe.teacher is None else ():
         if getattr(recipe, name) != getattr(RecipeArguments, name):
             raise ValueError(
@@ -249,13 +248,25 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
             f"cache_teacher: received True with teacher={recipe.teacher!r} and hidden_weight={recipe.hidden_weight}; "
             "allowed: with a teacher whose logits alone are asked for. Drop it, or set hidden_weight to 0."
         )
-    task = synthetic.TASK if recipe.task_name == "synthetic" else get_task(recipe.task_name)
-    if recipe.join_texts < 1 or (recipe.join_texts > 1 and (recipe.labels_weight > 0 or len(task.columns) > 1)):
-        raise ValueError(
-            f"join_texts: received {recipe.join_texts} for {task.name}, with labels_weight={recipe.labels_weight}; "
-            "allowed: 1, or more for a task of one text and without labels, which are of the first of those joined."
-        )
     refuse_best_checkpoint(args)
+
+
+def check_joined(recipe: RecipeArguments) -> None:
+    """Refuse texts joined for what cannot be said of them."""
+    received = f"join_texts: received {recipe.join_texts}"
+    if recipe.join_texts < 1:
+        raise ValueError(f"{received}; allowed: 1, which joins none, or more, as 3.")
+    columns = () if recipe.task_name == "synthetic" else get_task(recipe.task_name).columns
+    if recipe.join_texts > 1 and len(columns) > 1:
+        raise ValueError(
+            f"{received} for {recipe.task_name}, which has two texts; allowed: a task of one text. Drop it; in a "
+            "suite it belongs under the `flags` of such tasks."
+        )
+    if recipe.join_texts > 1 and recipe.labels_weight > 0:
+        raise ValueError(
+            f"{received} with labels_weight={recipe.labels_weight}, but a label is that of the first text alone. Drop "
+            "one of the two."
+        )
 
 
 def load_data(recipe: RecipeArguments, args: TrainingArguments) -> tuple[Task, DatasetDict]:

@@ -65,8 +65,11 @@ def test_it_says_what_a_student_was_taught_by(packed_folder: Path) -> None:
     run["recipe"] |= {**taught, "labels_weight": 0.0}
     assert (
         "; mask seed 0. The loss is the distance to a full-precision model that was fine-tuned for the task, with the "
-        "weights 1 for logits, 0.5 for hidden states and temperature 2."
+        "weights 1 for logits, 0.5 for hidden states and temperature 2.\n"
     ) in model_card(packed_folder, results=run).content
+    run["recipe"]["join_texts"] = 3
+    said = "temperature 2. It judges texts with up to 2 random others behind them.\n"
+    assert said in model_card(packed_folder, results=run).content
 
 
 def test_its_numbers(packed_folder: Path) -> None:

@@ -173,11 +173,10 @@ def dip(curve: Sequence[Mapping[str, float]], key: str) -> float:
 
 def ends(study: Study, lines: Lines) -> str:
     """What was logged at the end: less a matter of chance than a score is, where many rows are behind it."""
-    cells = {}
-    for place, runs in lines.items():
-        values = [end(line["curve"] or [], study.ends) for line in runs.values()]
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        cells[place] = f"{statistics.mean(values):.3f}{spread}"
+    cells = {
+        place: _cell([end(line["curve"] or [], study.ends) for line in runs.values()], digits=3)
+        for place, runs in lines.items()
+    }
     return f"{study.ends.capitalize()}, the mean of the last sixth of the steps:\n\n{_grid(study, cells)}"
 
 
@@ -193,9 +192,13 @@ def end(curve: Sequence[Mapping[str, float]], key: str) -> float:
     return statistics.mean(values[-max(1, len(values) // 6) :]) if values else math.nan
 
 
-def _cell(values: list[float], sign: str = "") -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{spread}"
+def _cell(values: list[float], sign: str = "", digits: int = 1) -> str:
+    """Mean and deviation of what there is: not every run logs everything."""
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return ""
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):{sign}.{digits}f}{spread}"
 
 
 def _grid(study: Study, cells: Mapping[Place, str], without: str | None = None) -> str:

@@ -207,6 +207,8 @@ def test_what_was_logged_at_the_end(tmp_path: Path) -> None:
     of = [0.1 + 0.1 * i for i, run in enumerate(tiny.runs) if run.labels == {"depth": "2", "method": "STE"}]
     cell = f"{statistics.mean(of):.3f} ± {statistics.stdev(of):.3f}"
     assert f"| STE | {cell} |" in reporter.report(tiny, path).split("Loss, the mean of the last sixth")[1]
+    other = study(tmp_path, ends="lr", dips="eval_loss")  # what no run has logged
+    assert "| STE |  |  |" in reporter.report(other, path).split("Lr, the mean of the last sixth")[1]
 
 
 def test_the_picture(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ SUITE: dict[str, Any] = {
         "progression_end": 1.0, "hidden_weight": 0.5, "max_steps": 4,
     },
     "teacher": {"learning_rate": 2e-3},
-    "tasks": {"sst2": {"flags": {"max_steps": 6}, "teacher": {"max_steps": 5}}, "mrpc": None},
+    "tasks": {"sst2": {"flags": {"max_steps": 6, "join_texts": 2}, "teacher": {"max_steps": 5}}, "mrpc": None},
 }  # fmt: skip
 Suite = Callable[..., dict[str, Any]]
 
@@ -57,6 +57,7 @@ def test_all_runs_their_table_and_cards(suite: Suite, tmp_path: Path, capsys: py
     }  # fmt: skip
     assert [ended[f"mrpc/{name}"]["learning_rate"] for name in ("teacher", "seed-3")] == [2e-3, 1e-3]
     assert ended["mrpc/seed-4"]["seed"] == 4 and ended["mrpc/teacher"]["binarization"] is None
+    assert [ended[f"sst2/{name}"]["recipe"]["join_texts"] for name in ("teacher", "seed-3")] == [1, 2]
     # Students begin as their teacher, and learn from it.
     for run in ("sst2/seed-3", "sst2/seed-4"):
         assert (

@@ -219,10 +219,12 @@ def test_wrong_settings_of_an_adapter_are_named(
         run("sst2", sst2_folder, "--hidden_weight", "1")
     with pytest.raises(ValueError, match="join_texts: received 2 without a teacher"):
         run("sst2", sst2_folder, "--join_texts", "2")
-    with pytest.raises(ValueError, match="join_texts: received 2 for sst2, with labels_weight=1.0"):
+    with pytest.raises(ValueError, match="join_texts: received 2 with labels_weight=1.0"):
         run("sst2", sst2_folder, "--join_texts", "2", "--teacher", "any", "--labels_weight", "1")
-    with pytest.raises(ValueError, match="join_texts: received 2 for mrpc, with labels_weight=0.0"):
+    with pytest.raises(ValueError, match="join_texts: received 2 for mrpc, which has two texts"):
         run("mrpc", sst2_folder, "--join_texts", "2", "--teacher", "any")
+    with pytest.raises(ValueError, match="join_texts: received 0; allowed: 1"):
+        run("sst2", sst2_folder, "--join_texts", "0", "--teacher", "any")
 
 
 def test_an_adapter_on_full_precision(
