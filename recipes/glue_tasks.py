@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from hf_stompp.scoring import read_split
@@ -136,27 +135,6 @@ def first_rows(rows: Dataset, limit: int | None, split: str) -> Dataset:
             "Leave the max_..._samples flag out to keep every row."
         )
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def join_texts(rows: Dataset, column: str, most: int, seed: int) -> Dataset:
-    """Each text with 0 to `most - 1` random others of the same rows behind it, as many of each number.
-
-    Longer texts than the task has, and other ones, for a teacher to judge: the labels remain those of the first text.
-
-    Example:
-
-        >>> rows = Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [0, 1, 0]})
-        >>> list(join_texts(rows, "sentence", 3, seed=3)["sentence"])
-        ['a c a', 'b a', 'c']
-    """
-    random, texts = np.random.default_rng(seed), list(rows[column])
-    others = random.integers(len(texts), size=(len(texts), most - 1))
-    numbers = random.integers(most, size=len(texts))
-    joined = [
-        " ".join([text.strip(), *(texts[other].strip() for other in row[:number])])
-        for text, row, number in zip(texts, others, numbers, strict=True)
-    ]
-    return rows.remove_columns(column).add_column(column, joined)
 
 
 def _check_columns(rows: Dataset, task: Task, split: str) -> None:

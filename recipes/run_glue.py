@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -37,7 +37,8 @@ from transformers import (
 
 import synthetic
 from adapters import AdapterArguments, add_adapter, score_adapter, write_card
-from glue_tasks import HUB_ID, Task, get_task, join_texts, load_task
+from augmentation import join_texts, replace_words
+from glue_tasks import HUB_ID, Task, get_task, load_task
 from hf_stompp import BinarizationConfig, StomppCallback, summary
 from hf_stompp.distillation import DistillationTrainer, loaded_teacher, with_teacher_logits
 from hf_stompp.patching import binary_layers, is_packed
@@ -58,7 +59,7 @@ from recipe_utils import (
 
 OF_TRAINER = ("temperature", "logits_weight", "hidden_weight", "labels_weight")
 """Flags that the trainer takes beside a teacher."""
-OF_TEACHING = (*OF_TRAINER, "cache_teacher", "join_texts")
+OF_TEACHING = (*OF_TRAINER, "cache_teacher", "join_texts", "replace_words")
 """Flags of a teacher, which a run without one does not take."""
 
 
@@ -95,6 +96,10 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     join_texts: int = field(
         default=1,
         metadata={"help": "N: each training text with up to N-1 random others behind it, for a teacher to judge."},
+    )
+    replace_words: float = field(
+        default=0.0,
+        metadata={"help": "P: each word of a training text is a near one instead, so often, for a teacher to judge."},
     )
 
 
@@ -156,13 +161,24 @@ def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
             synthetic.save_tiny_bert(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         max_length = min(recipe.max_seq_length, tokenizer.model_max_length)
-        if recipe.join_texts > 1:
-            data["train"] = join_texts(data["train"], task.columns[0], recipe.join_texts, args.seed)
+        data["train"] = augment(recipe, data["train"], task, tokenizer, args.seed)
         data = tokenize(data, task, tokenizer, max_length)
     if recipe.bucket_by_length:
         data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
         args.train_sampling_strategy = "sequential"
     return Prepared(source, task, data, tokenizer, max_length)
+
+
+def augment(
+    recipe: RecipeArguments, rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> Dataset:
+    """Other texts in the place of those of the training set, if they are asked for."""
+    if recipe.join_texts > 1:
+        rows = join_texts(rows, task.columns[0], recipe.join_texts, seed)
+    if recipe.replace_words > 0:
+        embeddings = load_teacher(recipe).get_input_embeddings().weight
+        rows = replace_words(rows, task.columns, tokenizer, embeddings, recipe.replace_words, seed)
+    return rows
 
 
 def make_model(prepared: Prepared, recipe: RecipeArguments, config: BinarizationConfig) -> Any:
@@ -237,7 +253,7 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
             f"model_name_or_path: received None; {recipe.task_name} needs a Hub id or a folder of a pretrained model, "
             "as in --model_name_or_path google-bert/bert-base-uncased. Only synthetic makes its own."
         )
-    check_joined(recipe)
+    check_augmentation(recipe)
     for name in OF_TEACHING if recipe.teacher is None else ():
         if getattr(recipe, name) != getattr(RecipeArguments, name):
             raise ValueError(
@@ -251,22 +267,25 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
     refuse_best_checkpoint(args)
 
 
-def check_joined(recipe: RecipeArguments) -> None:
-    """Refuse texts joined for what cannot be said of them."""
-    received = f"join_texts: received {recipe.join_texts}"
+def check_augmentation(recipe: RecipeArguments) -> None:
+    """Refuse other texts for what cannot be said of them."""
+    joined, replaced = (f"{name}: received {getattr(recipe, name)}" for name in ("join_texts", "replace_words"))
     if recipe.join_texts < 1:
-        raise ValueError(f"{received}; allowed: 1, which joins none, or more, as 3.")
+        raise ValueError(f"{joined}; allowed: 1, which joins none, or more, as 3.")
+    if not 0 <= recipe.replace_words <= 1:
+        raise ValueError(f"{replaced}; allowed: a probability, from 0, which replaces none, to 1, as 0.3.")
     columns = () if recipe.task_name == "synthetic" else get_task(recipe.task_name).columns
     if recipe.join_texts > 1 and len(columns) > 1:
         raise ValueError(
-            f"{received} for {recipe.task_name}, which has two texts; allowed: a task of one text. Drop it; in a "
-            "suite it belongs under the `flags` of such tasks."
+            f"{joined} for {recipe.task_name}, which has two texts; allowed: a task of one text. Drop it; in a suite "
+            "it belongs under the `flags` of such tasks."
         )
-    if recipe.join_texts > 1 and recipe.labels_weight > 0:
-        raise ValueError(
-            f"{received} with labels_weight={recipe.labels_weight}, but a label is that of the first text alone. Drop "
-            "one of the two."
-        )
+    for received, given in ((joined, recipe.join_texts > 1), (replaced, recipe.replace_words > 0)):
+        if given and recipe.labels_weight > 0:
+            raise ValueError(
+                f"{received} with labels_weight={recipe.labels_weight}, but a label is that of the text as it was. "
+                "Drop one of the two."
+            )
 
 
 def load_data(recipe: RecipeArguments, args: TrainingArguments) -> tuple[Task, DatasetDict]:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from glue_tasks import TASKS, get_task, join_texts, load_task
+from augmentation import join_texts
+from glue_tasks import TASKS, get_task, load_task
 
 Write = Callable[..., Path]
 
