@@ -86,15 +86,17 @@ Word = tuple[int, int, int]
 
 
 def _words(texts: Sequence[str], tokenizer: Any, batch: int = 1000) -> Iterator[list[Word]]:
-    """Of each text, the words that are one token and of letters alone."""
+    """Of each text, the words that are one token, not the unknown one, and of letters alone."""
+    special = set(tokenizer.all_special_ids)
     for begin in range(0, len(texts), batch):
         part = list(texts[begin : begin + batch])
         encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
         for row, text in enumerate(part):
-            word = [None, *encoded.word_ids(row), None]  # that each token is of
-            alone = [word[i] != word[i - 1] and word[i] != word[i + 1] for i in range(1, len(word) - 1)]
-            places = zip(encoded["input_ids"][row], encoded["offset_mapping"][row], alone, strict=True)
-            yield [(token, *place) for token, place, whole in places if whole and text[slice(*place)].isalpha()]
+            tokens, places = encoded["input_ids"][row], encoded["offset_mapping"][row]
+            of = [None, *encoded.word_ids(row), None]  # the word of each token, and of what is around them
+            alone = [token not in special and of[i] != of[i + 1] != of[i + 2] for i, token in enumerate(tokens)]
+            words = zip(tokens, places, alone, strict=True)
+            yield [(token, *place) for token, place, whole in words if whole and text[slice(*place)].isalpha()]
 
 
 def _near_words(known: set[int], tokenizer: Any, embeddings: Tensor) -> dict[int, list[str]]:
