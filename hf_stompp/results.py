@@ -245,12 +245,20 @@ def _taught(recipe: Mapping[str, Any]) -> str:
         return ""
     parts = {"logits_weight": "logits", "hidden_weight": "hidden states", "labels_weight": "the labels"}
     weights = [f"{recipe[key]:g} for {what}" for key, what in parts.items() if recipe.get(key)]
-    others = recipe.get("join_texts", 1) - 1
     return (
         " The loss is the distance to a full-precision model that was fine-tuned for the task, with the weights "
-        f"{', '.join(weights)} and temperature {recipe['temperature']:g}."
-        + (f" It judges texts with up to {others} random others behind them." if others else "")
+        f"{', '.join(weights)} and temperature {recipe['temperature']:g}." + _augmented(recipe)
     )
+
+
+def _augmented(recipe: Mapping[str, Any]) -> str:
+    """Which other texts it judges than those of the task."""
+    others, share = recipe.get("join_texts", 1) - 1, recipe.get("replace_words", 0)
+    parts = [
+        *([f"with up to {others} random others behind them"] if others else []),
+        *([f"in which a share of {share:g} of the words is replaced by near ones"] if share else []),
+    ]
+    return f" It judges texts {', '.join(parts)}." if parts else ""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from augmentation import join_texts
 from glue_tasks import TASKS, get_task, load_task
 
 Write = Callable[..., Path]
@@ -136,19 +135,3 @@ def test_the_real_files(shared_data: Path, name: str, rows: int) -> None:
     data = load_task(name, shared_data / "glue", with_test=True, max_train_samples=10)
     assert len(data["validation"]) == rows
     assert set(data["validation"].unique("label")) == set(range(TASKS[name].num_labels))
-
-
-def test_joined_texts() -> None:
-    texts = [f" word{i} " for i in range(3000)]
-    rows = Dataset.from_dict({"sentence": texts, "label": list(range(3000))})
-    joined = join_texts(rows, "sentence", 3, seed=7)
-    words = [text.split(" ") for text in joined["sentence"]]
-    assert [row[0] for row in words] == [text.strip() for text in texts]  # each comes first once, with its label
-    assert list(joined["label"]) == list(range(3000))
-    assert {word for row in words for word in row} == {text.strip() for text in texts}
-    numbers = [sum(len(row) == number for row in words) for number in (1, 2, 3)]
-    assert sum(numbers) == 3000 and all(abs(number - 1000) < 5 * 26 for number in numbers)  # five deviations
-    others = [int(row[1].removeprefix("word")) for row in words if len(row) > 1]
-    assert abs(sum(others) / len(others) - 1499.5) < 5 * 866 / len(others) ** 0.5
-    assert list(join_texts(rows, "sentence", 3, seed=7)["sentence"]) == list(joined["sentence"])
-    assert list(join_texts(rows, "sentence", 3, seed=8)["sentence"]) != list(joined["sentence"])

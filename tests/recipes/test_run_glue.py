@@ -225,6 +225,13 @@ def test_wrong_settings_of_an_adapter_are_named(
         run("mrpc", sst2_folder, "--join_texts", "2", "--teacher", "any")
     with pytest.raises(ValueError, match="join_texts: received 0; allowed: 1"):
         run("sst2", sst2_folder, "--join_texts", "0", "--teacher", "any")
+    with pytest.raises(ValueError, match="replace_words: received 0.3 without a teacher"):
+        run("mrpc", sst2_folder, "--replace_words", "0.3")
+    with pytest.raises(ValueError, match="replace_words: received 0.3 with labels_weight=0.5"):
+        run("mrpc", sst2_folder, "--replace_words", "0.3", "--teacher", "any", "--labels_weight", "0.5")
+    for share in ("-0.1", "1.5", "nan"):
+        with pytest.raises(ValueError, match=f"replace_words: received {share}; allowed: a probability"):
+            run("mrpc", sst2_folder, "--replace_words", share, "--teacher", "any")
 
 
 def test_an_adapter_on_full_precision(
@@ -265,6 +272,25 @@ def test_a_teacher_judges_joined_texts(sst2_folder: Path, tiny_bert: str, tmp_pa
         words[most] = [[len(ids) - 2 for ids in data[split]["input_ids"]] for split in ("train", "validation")]
     assert set(words[1][0]) == {4} and set(words[3][0]) == {4, 8, 12}
     assert words[1][1] == words[3][1]  # what is scored remains as it is
+
+
+def test_a_teacher_judges_texts_with_other_words(
+    run: Callable[..., dict[str, Any]], sst2_folder: Path, tmp_path: Path
+) -> None:
+    run("sst2", sst2_folder, output="teacher")
+    teacher = str(tmp_path / "teacher")
+    given = ["--task_name", "sst2", "--dataset_dir", str(sst2_folder), "--model_name_or_path", teacher]
+    texts = {}
+    for share in ("0", "1"):
+        flags = [*given, "--output_dir", str(tmp_path), "--teacher", teacher, "--replace_words", share]
+        recipe, _, args = parse_recipe(flags, (RecipeArguments, BinarizationConfig, TrainingArguments))
+        data = run_glue.prepare(recipe, args).data
+        texts[share] = [data[split]["input_ids"] for split in ("train", "validation")]
+    assert texts["0"][1] == texts["1"][1]  # what is scored remains as it is
+    for before, after in zip(texts["0"][0], texts["1"][0], strict=True):
+        assert all(a != b for a, b in zip(before[1:-1], after[1:-1], strict=True))
+    results = run("sst2", sst2_folder, *BINARY, "--teacher", teacher, "--replace_words", "0.5")
+    assert results["recipe"]["replace_words"] == 0.5
 
 
 def test_a_second_stage_has_rules_of_its_own(
