@@ -60,8 +60,8 @@ def replace_words(
 
     Example:
 
-        >>> replace_words(rows, ["sentence"], tokenizer, words, 0.3, seed=0)[0]  # doctest: +SKIP
-        {'label': 1, 'sentence': 'their sisters winner ' t buy this analysis'}
+        >>> rows[0], replace_words(rows, ["sentence"], tokenizer, embeddings, 0.3, seed=0)[0]  # doctest: +SKIP
+        ({'sentence': 'goes to absurd lengths'}, {'sentence': 'goes to bizarre lengths'})
 
     Source: Jiao et al., TinyBERT, 2020, which takes what a language model and GloVe say.
     """
