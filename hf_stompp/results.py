@@ -256,7 +256,7 @@ def _augmented(recipe: Mapping[str, Any]) -> str:
     others, share = recipe.get("join_texts", 1) - 1, recipe.get("replace_words", 0)
     parts = [
         *([f"with up to {others} random others behind them"] if others else []),
-        *([f"in which a share of {share:g} of the words is replaced by near ones"] if share else []),
+        *([f"in which near words take the place of a share of {share:g}"] if share else []),
     ]
     return f" It judges texts {', '.join(parts)}." if parts else ""
 

@@ -1,16 +1,19 @@
 """More texts for a teacher to judge than a task has: what it says of them is all that a student needs."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
 NEAREST = 10
 """Of so many nearest words one takes a word's place."""
+WORD = re.compile(r"(?<![\w'’-])[^\W\d_]+(?![\w'’-])")
+"""Letters that are no part of a contraction, as "does n't" has one, of a compound, or of a number."""
 
 
 def join_texts(rows: Dataset, column: str, most: int, seed: int) -> Dataset:
@@ -31,89 +34,85 @@ def join_texts(rows: Dataset, column: str, most: int, seed: int) -> Dataset:
         " ".join([text.strip(), *(texts[other].strip() for other in row[:number])])
         for text, row, number in zip(texts, others, numbers, strict=True)
     ]
-    return rows.remove_columns(column).add_column(column, joined)
+    return _with_texts(rows, column, joined)
 
 
 def replace_words(
     rows: Dataset,
     columns: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
-    embeddings: Tensor,
+    embeddings: nn.Module,
     probability: float,
     seed: int,
 ) -> Dataset:
-    """Texts in which words are replaced by words like them; the labels remain those of the texts as they were.
+    """Texts in which words are replaced by near ones; the labels remain those of the texts as they were.
 
-    A word that is one token, of letters alone, is replaced with the given probability, by one of the [`NEAREST`] such
-    words of the same rows, whose embeddings are nearest by cosine.
+    A word (see [`WORD`]) that is one token is replaced with the given probability, by one of the [`NEAREST`] such
+    words of the same rows whose embeddings are nearest by cosine. Those are of like use, and may say the opposite.
 
     Args:
         rows (`Dataset`): With texts.
         columns (`Sequence[str]`): Where those are.
-        tokenizer (`PreTrainedTokenizerBase`): A fast one.
-        embeddings (`Tensor`): Of its tokens, (vocabulary, width).
-        probability (`float`): Of a word, from 0 to 1.
+        tokenizer (`PreTrainedTokenizerBase`): Of the model.
+        embeddings (`nn.Module`): Of its tokens, as `model.get_input_embeddings()`.
+        probability (`float`): Of each such word, from 0 to 1.
         seed (`int`): Of what is drawn.
 
     Raises:
-        ValueError: The tokenizer is not a fast one, which alone knows where words are.
+        ValueError: No two words of the texts are one token each.
 
     Example:
 
-        >>> rows[0], replace_words(rows, ["sentence"], tokenizer, embeddings, 0.3, seed=0)[0]  # doctest: +SKIP
-        ({'sentence': 'goes to absurd lengths'}, {'sentence': 'goes to bizarre lengths'})
+        >>> rows = load_task("sst2")["train"]  # doctest: +SKIP
+        >>> replace_words(rows, ["sentence"], tokenizer, embeddings, 0.3, seed=0)["sentence"][2]  # doctest: +SKIP
+        'this loves its heroine and communicates somewhere rather beauty about mankind nature '
 
-    Source: Jiao et al., TinyBERT, 2020, which takes what a language model and GloVe say.
+    Source: after Jiao et al., TinyBERT, 2020, which asks a language model for such words, and else GloVe.
     """
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"replace_words: {type(tokenizer).__name__} is a slow tokenizer; allowed: a fast one, which knows where "
-            "words are. Load it by AutoTokenizer.from_pretrained, or drop the flag."
-        )
-    known = {token for column in columns for words in _words(rows[column], tokenizer) for token, *_ in words}
-    near, random = _near_words(known, tokenizer, embeddings.detach()), np.random.default_rng(seed)
-    for column in columns:
-        words = _words(rows[column], tokenizer)
-        replaced = [
-            _replaced(text, of, near, probability, random) for text, of in zip(rows[column], words, strict=True)
-        ]
-        rows = rows.remove_columns(column).add_column(column, replaced)
+    texts = {column: list(rows[column]) for column in columns}
+    words = {word for of in texts.values() for text in of for word in WORD.findall(text)}
+    near = _near_words(_single_tokens(sorted(words), tokenizer), embeddings)
+    random = np.random.default_rng([seed, 1])  # `seed` itself draws what is joined
+
+    def replaced(match: re.Match[str]) -> str:
+        others = near.get(match[0])
+        if others is None or random.random() >= probability:
+            return match[0]
+        return others[random.integers(len(others))]
+
+    for column, of in texts.items():
+        rows = _with_texts(rows, column, [WORD.sub(replaced, text) for text in of])
     return rows
 
 
-Word = tuple[int, int, int]
-"""Its token, and where it begins and ends in its text."""
+def _with_texts(rows: Dataset, column: str, texts: list[str]) -> Dataset:
+    return rows.remove_columns(column).add_column(column, texts, feature=rows.features[column])
 
 
-def _words(texts: Sequence[str], tokenizer: Any, batch: int = 1000) -> Iterator[list[Word]]:
-    """Of each text, the words that are one token, not the unknown one, and of letters alone."""
+def _single_tokens(words: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The token of each word that is a single one, within a text: behind a space."""
+    encoded = tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"] if words else []
     special = set(tokenizer.all_special_ids)
-    for begin in range(0, len(texts), batch):
-        part = list(texts[begin : begin + batch])
-        encoded = tokenizer(part, add_special_tokens=False, return_offsets_mapping=True)
-        for row, text in enumerate(part):
-            tokens, places = encoded["input_ids"][row], encoded["offset_mapping"][row]
-            of = [None, *encoded.word_ids(row), None]  # the word of each token, and of what is around them
-            alone = [token not in special and of[i] != of[i + 1] != of[i + 2] for i, token in enumerate(tokens)]
-            words = zip(tokens, places, alone, strict=True)
-            yield [(token, *place) for token, place, whole in words if whole and text[slice(*place)].isalpha()]
+    tokens = {
+        word: ids[0] for word, ids in zip(words, encoded, strict=True) if len(ids) == 1 and ids[0] not in special
+    }
+    if len(set(tokens.values())) < 2:
+        raise ValueError(
+            f"replace_words: of {len(words)} words of the training texts {len(tokens)} are one token of "
+            f"{type(tokenizer).__name__}; allowed: two or more, so that one can take the other's place. Drop the flag."
+        )
+    return tokens
 
 
-def _near_words(known: set[int], tokenizer: Any, embeddings: Tensor) -> dict[int, list[str]]:
-    """Of each token, the nearest words that are not itself, the nearest first."""
-    texts = {token: tokenizer.decode([token]).strip() for token in sorted(known)}
-    candidates = {text: token for token, text in texts.items()}  # within a text and at its beginning they may be two
-    words, others = list(candidates), normalize(embeddings[list(candidates.values())].float(), dim=-1)
-    parts = normalize(embeddings[list(texts)].float(), dim=-1).split(1024)
-    nearest = [row for part in parts for row in (part @ others.T).topk(min(len(words), NEAREST + 1)).indices.tolist()]
-    ordered = {token: [words[i] for i in row] for token, row in zip(texts, nearest, strict=True)}
-    return {token: [word for word in ordered[token] if word != texts[token]][:NEAREST] for token in texts}
-
-
-def _replaced(text: str, words: list[Word], near: dict[int, list[str]], probability: float, random: Any) -> str:
-    parts, begin = [], 0
-    for token, start, end in words:
-        if random.random() < probability and near[token]:
-            parts += [text[begin:start], near[token][random.integers(len(near[token]))]]
-            begin = end
-    return "".join([*parts, text[begin:]])
+@torch.no_grad()
+def _near_words(tokens: dict[str, int], embeddings: nn.Module) -> dict[str, list[str]]:
+    """Of each word, those of the nearest tokens but its own, which it may share with itself in capitals."""
+    words = {token: word for word, token in tokens.items()}
+    numbers, texts = torch.tensor(list(words)), list(words.values())
+    unit: Tensor = normalize(embeddings(numbers).float(), dim=-1)
+    near: dict[int, list[str]] = {}
+    for part, own in zip(unit.split(1024), numbers.split(1024), strict=True):
+        cosine = (part @ unit.T).masked_fill(own[:, None] == numbers, -torch.inf)
+        nearest = cosine.topk(min(NEAREST, len(texts) - 1)).indices.tolist()
+        near.update(zip(own.tolist(), ([texts[i] for i in row] for row in nearest), strict=True))
+    return {word: near[token] for word, token in tokens.items()}

@@ -99,7 +99,7 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     )
     replace_words: float = field(
         default=0.0,
-        metadata={"help": "P: each word of a training text is a near one instead, so often, for a teacher to judge."},
+        metadata={"help": "P: so often a near word takes the place of one that is a token, for a teacher to judge."},
     )
 
 
@@ -161,7 +161,8 @@ def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
             synthetic.save_tiny_bert(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         max_length = min(recipe.max_seq_length, tokenizer.model_max_length)
-        data["train"] = augment(recipe, data["train"], task, tokenizer, args.seed)
+        if args.do_train:
+            data["train"] = augment(recipe, data["train"], task, source, tokenizer, args.seed)
         data = tokenize(data, task, tokenizer, max_length)
     if recipe.bucket_by_length:
         data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
@@ -170,13 +171,13 @@ def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
 
 
 def augment(
-    recipe: RecipeArguments, rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, seed: int
+    recipe: RecipeArguments, rows: Dataset, task: Task, source: str, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Dataset:
     """Other texts in the place of those of the training set, if they are asked for."""
     if recipe.join_texts > 1:
         rows = join_texts(rows, task.columns[0], recipe.join_texts, seed)
     if recipe.replace_words > 0:
-        embeddings = load_teacher(recipe).get_input_embeddings().weight
+        embeddings = load_model(source, task, recipe).get_input_embeddings()
         rows = replace_words(rows, task.columns, tokenizer, embeddings, recipe.replace_words, seed)
     return rows
 
@@ -268,7 +269,7 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
 
 
 def check_augmentation(recipe: RecipeArguments) -> None:
-    """Refuse other texts for what cannot be said of them."""
+    """Refuse wrong values of join_texts and replace_words, and either beside labels, which other texts have not."""
     joined, replaced = (f"{name}: received {getattr(recipe, name)}" for name in ("join_texts", "replace_words"))
     if recipe.join_texts < 1:
         raise ValueError(f"{joined}; allowed: 1, which joins none, or more, as 3.")

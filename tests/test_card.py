@@ -71,7 +71,7 @@ def test_it_says_what_a_student_was_taught_by(packed_folder: Path) -> None:
     said = "temperature 2. It judges texts with up to 2 random others behind them.\n"
     assert said in model_card(packed_folder, results=run).content
     run["recipe"]["replace_words"] = 0.3
-    said = "random others behind them, in which a share of 0.3 of the words is replaced by near ones.\n"
+    said = "random others behind them, in which near words take the place of a share of 0.3.\n"
     assert said in model_card(packed_folder, results=run).content
 
 

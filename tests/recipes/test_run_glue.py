@@ -266,7 +266,18 @@ def test_a_teacher_judges_joined_texts(sst2_folder: Path, tiny_bert: str, tmp_pa
     given = ["--task_name", "sst2", "--dataset_dir", str(sst2_folder), "--model_name_or_path", tiny_bert]
     words = {}
     for most in (1, 3):
-        flags = [*given, "--output_dir", str(tmp_path), "--teacher", "any", "--join_texts", str(most), "--seed", "3"]
+        flags = [
+            *given,
+            "--output_dir",
+            str(tmp_path),
+            "--teacher",
+            "any",
+            "--join_texts",
+            str(most),
+            "--seed",
+            "3",
+            "--do_train",
+        ]
         recipe, _, args = parse_recipe(flags, (RecipeArguments, BinarizationConfig, TrainingArguments))
         data = run_glue.prepare(recipe, args).data
         words[most] = [[len(ids) - 2 for ids in data[split]["input_ids"]] for split in ("train", "validation")]
@@ -275,11 +286,14 @@ def test_a_teacher_judges_joined_texts(sst2_folder: Path, tiny_bert: str, tmp_pa
 
 
 def test_a_teacher_judges_texts_with_other_words(
-    run: Callable[..., dict[str, Any]], sst2_folder: Path, tmp_path: Path
+    run: Callable[..., dict[str, Any]], write_split: Callable[..., Path], tiny_bert: str, tmp_path: Path
 ) -> None:
-    run("sst2", sst2_folder, output="teacher")
+    pairs = {"sentence1": ["the soup was good", "the fish was bad"], "sentence2": ["a waiter was great"] * 2}
+    folder = write_split("mrpc/train.parquet", **{name: 4 * texts for name, texts in pairs.items()}, label=[0, 1] * 4)
+    write_split("mrpc/validation.parquet", **pairs, label=[0, 1])
+    run("mrpc", folder, output="teacher")
     teacher = str(tmp_path / "teacher")
-    given = ["--task_name", "sst2", "--dataset_dir", str(sst2_folder), "--model_name_or_path", teacher]
+    given = ["--task_name", "mrpc", "--dataset_dir", str(folder), "--model_name_or_path", tiny_bert, "--do_train"]
     texts = {}
     for share in ("0", "1"):
         flags = [*given, "--output_dir", str(tmp_path), "--teacher", teacher, "--replace_words", share]
@@ -287,9 +301,12 @@ def test_a_teacher_judges_texts_with_other_words(
         data = run_glue.prepare(recipe, args).data
         texts[share] = [data[split]["input_ids"] for split in ("train", "validation")]
     assert texts["0"][1] == texts["1"][1]  # what is scored remains as it is
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    kept = {tokenizer.unk_token_id, *tokenizer.all_special_ids}
     for before, after in zip(texts["0"][0], texts["1"][0], strict=True):
-        assert all(a != b for a, b in zip(before[1:-1], after[1:-1], strict=True))
-    results = run("sst2", sst2_folder, *BINARY, "--teacher", teacher, "--replace_words", "0.5")
+        assert all((a == b) == (a in kept) for a, b in zip(before, after, strict=True))
+        assert sum(a not in kept for a in before) >= 6
+    results = run("mrpc", folder, *BINARY, "--teacher", teacher, "--replace_words", "0.5")
     assert results["recipe"]["replace_words"] == 0.5
 
 
