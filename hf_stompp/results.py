@@ -254,9 +254,11 @@ def _taught(recipe: Mapping[str, Any]) -> str:
 def _augmented(recipe: Mapping[str, Any]) -> str:
     """Which other texts it judges than those of the task."""
     others, share = recipe.get("join_texts", 1) - 1, recipe.get("replace_words", 0)
+    copies = recipe.get("text_copies", 1)
     parts = [
         *([f"with up to {others} random others behind them"] if others else []),
         *([f"in which near words take the place of a share of {share:g}"] if share else []),
+        *([f"in {copies} copies with draws of their own"] if copies > 1 else []),
     ]
     return f" It judges texts {', '.join(parts)}." if parts else ""
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -59,7 +59,7 @@ from recipe_utils import (
 
 OF_TRAINER = ("temperature", "logits_weight", "hidden_weight", "labels_weight")
 """Flags that the trainer takes beside a teacher."""
-OF_TEACHING = (*OF_TRAINER, "cache_teacher", "join_texts", "replace_words")
+OF_TEACHING = (*OF_TRAINER, "cache_teacher", "join_texts", "replace_words", "text_copies")
 """Flags of a teacher, which a run without one does not take."""
 
 
@@ -100,6 +100,9 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     replace_words: float = field(
         default=0.0,
         metadata={"help": "P: so often a near word takes the place of one that is a token, for a teacher to judge."},
+    )
+    text_copies: int = field(
+        default=1, metadata={"help": "N: as many of the training set, each joined or with words replaced by itself."}
     )
 
 
@@ -174,6 +177,7 @@ def augment(
     recipe: RecipeArguments, rows: Dataset, task: Task, source: str, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Dataset:
     """Other texts in the place of those of the training set, if they are asked for."""
+    rows = concatenate_datasets([rows] * recipe.text_copies)
     if recipe.join_texts > 1:
         rows = join_texts(rows, task.columns[0], recipe.join_texts, seed)
     if recipe.replace_words > 0:
@@ -269,12 +273,17 @@ def check(recipe: RecipeArguments, args: TrainingArguments) -> None:
 
 
 def check_augmentation(recipe: RecipeArguments) -> None:
-    """Refuse wrong values of join_texts and replace_words, and either beside labels, which other texts have not."""
+    """Refuse wrong values of what makes other texts, and any of it beside labels, which other texts have not."""
     joined, replaced = (f"{name}: received {getattr(recipe, name)}" for name in ("join_texts", "replace_words"))
     if recipe.join_texts < 1:
         raise ValueError(f"{joined}; allowed: 1, which joins none, or more, as 3.")
     if not 0 <= recipe.replace_words <= 1:
         raise ValueError(f"{replaced}; allowed: a probability, from 0, which replaces none, to 1, as 0.3.")
+    if recipe.text_copies < 1 or (recipe.text_copies > 1 and recipe.join_texts == 1 and recipe.replace_words == 0):
+        raise ValueError(
+            f"text_copies: received {recipe.text_copies}; allowed: 1, or more with join_texts or replace_words: "
+            "without them copies are epochs, for which there is --num_train_epochs."
+        )
     columns = () if recipe.task_name == "synthetic" else get_task(recipe.task_name).columns
     if recipe.join_texts > 1 and len(columns) > 1:
         raise ValueError(

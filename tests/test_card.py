@@ -70,8 +70,11 @@ def test_it_says_what_a_student_was_taught_by(packed_folder: Path) -> None:
     run["recipe"]["join_texts"] = 3
     said = "temperature 2. It judges texts with up to 2 random others behind them.\n"
     assert said in model_card(packed_folder, results=run).content
-    run["recipe"]["replace_words"] = 0.3
-    said = "random others behind them, in which near words take the place of a share of 0.3.\n"
+    run["recipe"] |= {"replace_words": 0.3, "text_copies": 4}
+    said = (
+        "random others behind them, in which near words take the place of a share of 0.3, in 4 copies with draws of "
+        "their own.\n"
+    )
     assert said in model_card(packed_folder, results=run).content
 
 

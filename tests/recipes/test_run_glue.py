@@ -229,6 +229,9 @@ def test_wrong_settings_of_an_adapter_are_named(
         run("mrpc", sst2_folder, "--replace_words", "0.3")
     with pytest.raises(ValueError, match="replace_words: received 0.3 with labels_weight=0.5"):
         run("mrpc", sst2_folder, "--replace_words", "0.3", "--teacher", "any", "--labels_weight", "0.5")
+    for copies in ("0", "2"):
+        with pytest.raises(ValueError, match=f"text_copies: received {copies}; allowed: 1, or more with join_texts"):
+            run("mrpc", sst2_folder, "--text_copies", copies, "--teacher", "any")
     for share in ("-0.1", "1.5", "nan"):
         with pytest.raises(ValueError, match=f"replace_words: received {share}; allowed: a probability"):
             run("mrpc", sst2_folder, "--replace_words", share, "--teacher", "any")
@@ -306,7 +309,11 @@ def test_a_teacher_judges_texts_with_other_words(
     for before, after in zip(texts["0"][0], texts["1"][0], strict=True):
         assert all((a == b) == (a in kept) for a, b in zip(before, after, strict=True))
         assert sum(a not in kept for a in before) >= 6
-    results = run("mrpc", folder, *BINARY, "--teacher", teacher, "--replace_words", "0.5")
+    more = ["--output_dir", str(tmp_path), "--teacher", teacher, "--replace_words", "1", "--text_copies", "3"]
+    recipe, _, args = parse_recipe([*given, *more], (RecipeArguments, BinarizationConfig, TrainingArguments))
+    copies = run_glue.prepare(recipe, args).data["train"]["input_ids"]
+    assert len(copies) == 24 and copies[:8] != copies[8:16] != copies[16:]
+    results = run("mrpc", folder, *BINARY, "--teacher", teacher, "--replace_words", "0.5", "--text_copies", "2")
     assert results["recipe"]["replace_words"] == 0.5
 
 
