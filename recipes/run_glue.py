@@ -164,8 +164,7 @@ def prepare(recipe: RecipeArguments, args: TrainingArguments) -> Prepared:
             synthetic.save_tiny_bert(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
         max_length = min(recipe.max_seq_length, tokenizer.model_max_length)
-        if args.do_train:
-            data["train"] = augment(recipe, data["train"], task, source, tokenizer, args.seed)
+        data["train"] = augment(recipe, data["train"], task, source, tokenizer, args.seed)
         data = tokenize(data, task, tokenizer, max_length)
     if recipe.bucket_by_length:
         data["train"] = bucket_by_length(data["train"], args.per_device_train_batch_size, args.seed)
