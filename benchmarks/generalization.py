@@ -4,9 +4,11 @@
 
 The distance is the mean of KL(teacher ‖ student) over texts, in nats. Training rows are phrases, most of
 them parts of others; of those here, a student has been trained on as large a share as of all.
+Students in the file of an earlier call stay in it.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +61,13 @@ def main() -> None:
     splits["train"] = splits["train"].shuffle(seed=5).select(range(TRAINED))
     model = AutoModelForSequenceClassification.from_pretrained(args.teacher)
     judged = {split: log_probabilities(model, encode, rows) for split, rows in splits.items()}
+    before = json.loads(args.output.read_text())["students"] if args.output.exists() else {}
     measured = {}
     for name, folder in (student.split("=", 1) for student in args.students):
         model = AutoModelForSequenceClassification.from_pretrained(folder)
         measured[name] = {split: described(model, encode, rows, judged[split]) for split, rows in splits.items()}
         print(f"{name}: {measured[name]}", flush=True)
-    write_json(args.output, {"hardware": processor(), "students": measured})
+    write_json(args.output, {"hardware": processor(), "students": {**before, **measured}})
     keys = [(split, key) for split in splits for key in ("distance", "distance_long", "accuracy")]
     lines = [[name, *(f"{of[split][key]:.3g}" for split, key in keys)] for name, of in measured.items()]
     print(markdown_table(["student", *(f"{split}, {key}".replace("_", " ") for split, key in keys)], lines))
