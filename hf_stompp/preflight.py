@@ -39,10 +39,11 @@ def check_schedule(model: nn.Module, max_steps: int) -> None:
     units = 1 + max(layer.unit for layer in layers.values())
     steps = int(max_steps * config.progression_end) - int(max_steps * config.progression_start)
     if config.progression == "layerwise" and steps < units:
+        enough = 1 + int(units / (config.progression_end - config.progression_start))  # whatever is rounded
         raise ValueError(
             f"The schedule cannot finish: {units} units have to freeze one by one, but the progression from "
             f"{config.progression_start} to {config.progression_end} of max_steps={max_steps} is {steps} steps. Train "
-            f"for longer, widen progression_start and progression_end, or use progression='global'."
+            f"for {enough} or more, widen progression_start and progression_end, or use progression='global'."
         )
     last = config.unit_fractions(max_steps, max_steps, units)
     if config.progression == "none" and min(last) < 1 and not config.never_freezes:

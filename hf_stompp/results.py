@@ -257,10 +257,14 @@ def _augmented(recipe: Mapping[str, Any]) -> str:
     copies = recipe.get("text_copies", 1)
     parts = [
         *([f"with up to {others} random others behind them"] if others else []),
-        *([f"in which near words take the place of a share of {share:g}"] if share else []),
-        *([f"in {copies} copies with draws of their own"] if copies > 1 else []),
+        *(
+            [f"in which a share of {share:g} of the words that are one token is replaced by near ones"]
+            if share
+            else []
+        ),
+        *([f"drawn anew for each of {copies} copies"] if copies > 1 else []),
     ]
-    return f" It judges texts {', '.join(parts)}." if parts else ""
+    return f" It judges texts {', and '.join(parts)}." if parts else ""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

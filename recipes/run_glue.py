@@ -99,10 +99,11 @@ class RecipeArguments(AdapterArguments, CommonArguments):
     )
     replace_words: float = field(
         default=0.0,
-        metadata={"help": "P: so often a near word takes the place of one that is a token, for a teacher to judge."},
+        metadata={"help": "P, a probability: replace words that are one token by near ones, for a teacher to judge."},
     )
     text_copies: int = field(
-        default=1, metadata={"help": "N: as many of the training set, each joined or with words replaced by itself."}
+        default=1,
+        metadata={"help": "N copies of the training set, each with its own draws of join_texts or replace_words."},
     )
 
 
@@ -278,10 +279,13 @@ def check_augmentation(recipe: RecipeArguments) -> None:
         raise ValueError(f"{joined}; allowed: 1, which joins none, or more, as 3.")
     if not 0 <= recipe.replace_words <= 1:
         raise ValueError(f"{replaced}; allowed: a probability, from 0, which replaces none, to 1, as 0.3.")
-    if recipe.text_copies < 1 or (recipe.text_copies > 1 and recipe.join_texts == 1 and recipe.replace_words == 0):
+    copies = f"text_copies: received {recipe.text_copies}"
+    if recipe.text_copies < 1:
+        raise ValueError(f"{copies}; allowed: 1, the training set itself, or more, as 10.")
+    if recipe.text_copies > 1 and recipe.join_texts == 1 and recipe.replace_words == 0:
         raise ValueError(
-            f"text_copies: received {recipe.text_copies}; allowed: 1, or more with join_texts or replace_words: "
-            "without them copies are epochs, for which there is --num_train_epochs."
+            f"{copies} without join_texts or replace_words, so that all are the same. Pass one of them, or drop it: "
+            "max_steps and num_train_epochs say how often the training set is gone through."
         )
     columns = () if recipe.task_name == "synthetic" else get_task(recipe.task_name).columns
     if recipe.join_texts > 1 and len(columns) > 1:

@@ -110,8 +110,8 @@ def test_a_model_whose_config_was_changed_is_refused(make_model: MakeModel, make
 @pytest.mark.parametrize(
     ("config", "max_steps", "message"),
     [
-        ({}, 7, r"4 units have to freeze one by one.*max_steps=7 is 3 steps"),
-        ({"order": "reverse", "progression_start": 0.5, "progression_end": 0.75}, 14, "4 units"),
+        ({}, 7, r"4 units have to freeze one by one.*max_steps=7 is 3 steps\. Train for 9 or"),
+        ({"order": "reverse", "progression_start": 0.5, "progression_end": 0.75}, 14, "4 units.*for 17 or"),
         ({"progression": "global", "progression_end": 0.1}, 9, r"max_steps=9 leaves no step"),
         ({"progression": "none", "progression_start": 0.95}, 10, r"max_steps=10 comes after progression_start=0\.95"),
     ],

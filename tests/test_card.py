@@ -72,8 +72,8 @@ def test_it_says_what_a_student_was_taught_by(packed_folder: Path) -> None:
     assert said in model_card(packed_folder, results=run).content
     run["recipe"] |= {"replace_words": 0.3, "text_copies": 4}
     said = (
-        "random others behind them, in which near words take the place of a share of 0.3, in 4 copies with draws of "
-        "their own.\n"
+        "random others behind them, and in which a share of 0.3 of the words that are one token is replaced by near "
+        "ones, and drawn anew for each of 4 copies.\n"
     )
     assert said in model_card(packed_folder, results=run).content
 
