@@ -215,27 +215,34 @@ def test_wrong_settings_of_an_adapter_are_named(
         run("sst2", sst2_folder, *flags[:2])
     with pytest.raises(ValueError, match="is latent. Take its packed folder"):
         run("sst2", sst2_folder, "--model_name_or_path", str(Path(packed_bert).parent), *flags[2:4])
-    with pytest.raises(ValueError, match="hidden_weight: received 1.0 without a teacher"):
-        run("sst2", sst2_folder, "--hidden_weight", "1")
-    with pytest.raises(ValueError, match="join_texts: received 2 without a teacher"):
-        run("sst2", sst2_folder, "--join_texts", "2")
-    with pytest.raises(ValueError, match="join_texts: received 2 with labels_weight=1.0"):
-        run("sst2", sst2_folder, "--join_texts", "2", "--teacher", "any", "--labels_weight", "1")
-    with pytest.raises(ValueError, match="join_texts: received 2 for mrpc, which has two texts"):
-        run("mrpc", sst2_folder, "--join_texts", "2", "--teacher", "any")
-    with pytest.raises(ValueError, match="join_texts: received 0; allowed: 1"):
-        run("sst2", sst2_folder, "--join_texts", "0", "--teacher", "any")
-    with pytest.raises(ValueError, match="replace_words: received 0.3 without a teacher"):
-        run("mrpc", sst2_folder, "--replace_words", "0.3")
-    with pytest.raises(ValueError, match="replace_words: received 0.3 with labels_weight=0.5"):
-        run("mrpc", sst2_folder, "--replace_words", "0.3", "--teacher", "any", "--labels_weight", "0.5")
-    with pytest.raises(ValueError, match="text_copies: received 0; allowed: 1, the training set itself, or more"):
-        run("sst2", sst2_folder, "--text_copies", "0", "--teacher", "any")
-    with pytest.raises(ValueError, match="text_copies: received 2 without join_texts or replace_words"):
-        run("sst2", sst2_folder, "--text_copies", "2", "--teacher", "any")
-    for share in ("-0.1", "1.5", "nan"):
-        with pytest.raises(ValueError, match=f"replace_words: received {share}; allowed: a probability"):
-            run("mrpc", sst2_folder, "--replace_words", share, "--teacher", "any")
+
+
+@pytest.mark.parametrize(
+    ("task", "flags", "message"),
+    [
+        ("sst2", "--hidden_weight 1", "hidden_weight: received 1.0 without a teacher"),
+        ("sst2", "--join_texts 2", "join_texts: received 2 without a teacher"),
+        ("sst2", "--teacher any --join_texts 2 --labels_weight 1", "join_texts: received 2 with labels_weight=1.0"),
+        ("mrpc", "--teacher any --join_texts 2", "join_texts: received 2 for mrpc, which has two texts"),
+        ("sst2", "--teacher any --join_texts 0", "join_texts: received 0; allowed: 1"),
+        ("mrpc", "--replace_words 0.3", "replace_words: received 0.3 without a teacher"),
+        (
+            "mrpc",
+            "--teacher any --replace_words 0.3 --labels_weight 1",
+            "replace_words: received 0.3 with labels_weight",
+        ),
+        ("mrpc", "--teacher any --replace_words -0.1", "replace_words: received -0.1; allowed: a probability"),
+        ("mrpc", "--teacher any --replace_words 1.5", "replace_words: received 1.5; allowed: a probability"),
+        ("mrpc", "--teacher any --replace_words nan", "replace_words: received nan; allowed: a probability"),
+        ("sst2", "--teacher any --text_copies 0", "text_copies: received 0; allowed: 1, the training set itself"),
+        ("sst2", "--teacher any --text_copies 2", "text_copies: received 2 without join_texts or replace_words"),
+    ],
+)
+def test_wrong_settings_of_a_teacher_are_named(
+    task: str, flags: str, message: str, run: Callable[..., dict[str, Any]], sst2_folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(task, sst2_folder, *flags.split())
 
 
 def test_an_adapter_on_full_precision(
@@ -270,18 +277,7 @@ def test_a_teacher_judges_joined_texts(sst2_folder: Path, tiny_bert: str, tmp_pa
     given = ["--task_name", "sst2", "--dataset_dir", str(sst2_folder), "--model_name_or_path", tiny_bert]
     words = {}
     for most in (1, 3):
-        flags = [
-            *given,
-            "--output_dir",
-            str(tmp_path),
-            "--teacher",
-            "any",
-            "--join_texts",
-            str(most),
-            "--seed",
-            "3",
-            "--do_train",
-        ]
+        flags = [*given, "--output_dir", str(tmp_path), "--teacher", "any", "--join_texts", str(most), "--seed", "3"]
         recipe, _, args = parse_recipe(flags, (RecipeArguments, BinarizationConfig, TrainingArguments))
         data = run_glue.prepare(recipe, args).data
         words[most] = [[len(ids) - 2 for ids in data[split]["input_ids"]] for split in ("train", "validation")]
