@@ -255,15 +255,12 @@ def _augmented(recipe: Mapping[str, Any]) -> str:
     """Which other texts it judges than those of the task."""
     others, share = recipe.get("join_texts", 1) - 1, recipe.get("replace_words", 0)
     copies = recipe.get("text_copies", 1)
-    parts = [
-        *([f"with up to {others} random others behind them"] if others else []),
-        *(
-            [f"in which a share of {share:g} of the words that are one token is replaced by near ones"]
-            if share
-            else []
-        ),
-        *([f"drawn anew for each of {copies} copies"] if copies > 1 else []),
-    ]
+    said = {
+        f"with up to {others} random others behind them": others > 0,
+        f"in which a share of {share:g} of the words that are one token is replaced by near ones": share > 0,
+        f"drawn anew for each of {copies} copies": copies > 1,
+    }
+    parts = [text for text, so in said.items() if so]
     return f" It judges texts {', and '.join(parts)}." if parts else ""
 
 
